@@ -1,0 +1,58 @@
+# Set-up and every task of the project. `make quickstart` and `make test` work on a fresh machine
+# that has Python >= 3.11 (with venv) and a package index.
+#
+#   make quickstart                 install, then train the MoE and its dense twin on real text
+#   make test                       install the test extra, then ruff, mypy and every unmarked test
+#   make test PYTHON=python3.12     the same in an environment of that interpreter's own
+#   make test-slow                  the tests marked `slow` (random kills over a long run)
+#   make install EXTRA=gpu          an environment for NVIDIA GPUs (EXTRA=tpu: for TPUs)
+
+PYTHON ?= python3
+EXTRA ?=
+WORKDIR ?= runs/quickstart
+# One environment per interpreter, so that PYTHON=python3.12 never reuses another's.
+VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+# A constraints file pins every version and leaves the choice of extras to setup.py.
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requirements.lock
+
+.PHONY: install install-test quickstart test test-slow lint lock clean
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "PYTHON=$(PYTHON) does not run or is older than Python 3.11; name one that does: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps keep a second `make` from asking the package index again.
+$(VENV)/.installed$(if $(EXTRA),-$(EXTRA)): setup.py requirements.lock | $(BIN)/python
+	$(PIP) --editable .$(if $(EXTRA),[$(EXTRA)])
+	@touch $@
+
+$(VENV)/.installed-test: setup.py requirements.lock | $(BIN)/python
+	$(PIP) --editable .[test]
+	@touch $@ $(VENV)/.installed
+
+install: $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
+
+install-test: $(VENV)/.installed-test
+
+quickstart: install
+	$(BIN)/python experiments/quickstart.py --workdir=$(WORKDIR)
+
+lint: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: install-test
+	$(BIN)/python -m pytest -m slow
+
+lock:
+	uv pip compile setup.py --all-extras --universal --python-version 3.11 --upgrade \
+	  --no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
+
+clean:
+	rm -rf .venv .venv-* .jax_cache .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,1 @@
+"""Mixture-of-Experts papers in JAX and Flax: reproduce, compare, extend."""

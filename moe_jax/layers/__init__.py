@@ -1,0 +1,1 @@
+"""Flax NNX modules, thin: parameters with named dimensions around pure functions."""

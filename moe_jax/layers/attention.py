@@ -1,0 +1,103 @@
+"""Causal multi-head self-attention with an optional key-value cache.
+
+Axis letters: B batch, L query length, M cache length, H heads, h head width, d width.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.layers.initializers import scaled_truncated_normal
+from moe_jax.parallel.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValues:
+    """Keys and values of the tokens seen so far, in one layer.
+
+    Attributes:
+      keys: [B, M, H, h] in the compute dtype.
+      values: [B, M, H, h].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CacheView:
+    """Where in the cache this call writes and what it may read.
+
+    Attributes:
+      start: [] int32, the first cache position the call's tokens are written to.
+      filled: [B, M] bool, positions that hold a real token once this call has written.
+    """
+
+    start: jax.Array
+    filled: jax.Array
+
+
+class Attention(nnx.Module):
+    """softmax(q k / sqrt(h)) v over the token itself and earlier ones (Vaswani 2017), no biases.
+
+    Attributes:
+      qkv: [d, 3, H, h] float32.
+      out: [H, h, d] float32.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, head_width: int, scale: float, key: jax.Array
+    ) -> None:
+        qkv_key, out_key = jax.random.split(key)
+        qkv = scaled_truncated_normal(qkv_key, (width, 3, num_heads, head_width), width, scale)
+        out = scaled_truncated_normal(
+            out_key, (num_heads, head_width, width), num_heads * head_width, scale
+        )
+        self.qkv = nnx.Param(qkv, axes=("embed", "qkv", "heads", "head"))
+        self.out = nnx.Param(out, axes=("heads", "head", "embed"))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        cache: KeyValues | None = None,
+        view: CacheView | None = None,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """Attends.
+
+        Args:
+          x: [B, L, d].
+          mask: [B, L] bool, False for padding; None where there is none. Read without a cache only.
+          cache: keys and values of earlier calls, and
+          view: where this call stands in them.
+
+        Returns:
+          [B, L, d], and the cache with this call's keys and values.
+        """
+        dtype = x.dtype
+        projected = jnp.einsum("bld,dnHh->nblHh", x, self.qkv[...].astype(dtype))
+        query, key, value = (constrain(p, "batch", "length", "heads", "head") for p in projected)
+        if cache is not None and view is not None:
+            keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, key, view.start, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(cache.values, value, view.start, axis=1)
+            cache = KeyValues(keys, values)
+            attended = jax.nn.dot_product_attention(
+                query, keys, values, mask=_cached_causal_mask(x.shape[1], view)
+            )
+        else:
+            readable = None if mask is None else mask[:, None, None, :]
+            attended = jax.nn.dot_product_attention(
+                query, key, value, mask=readable, is_causal=True
+            )
+        return jnp.einsum("blHh,Hhd->bld", attended, self.out[...].astype(dtype)), cache
+
+
+def _cached_causal_mask(length: int, view: CacheView) -> jax.Array:
+    """[B, 1, L, M] bool: cache position is filled and not after the query's own."""
+    query = view.start + jnp.arange(length)
+    earlier = jnp.arange(view.filled.shape[1])[None, :] <= query[:, None]
+    return (view.filled[:, None, :] & earlier[None])[:, None]

@@ -1,0 +1,294 @@
+"""The Mixture-of-Experts layer: route, dispatch, experts, combine, in one shard_map.
+
+Axis letters
+  B batch, L length    T = B * L tokens    G groups, S = T / G tokens per group
+  K choices per token  E experts           C slots per expert and group
+  d width              f expert width      R rows an expert works on
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec
+
+from moe_jax.dispatch import gather
+from moe_jax.errors import UserError
+from moe_jax.layers.dropout import dropout_by_token
+from moe_jax.layers.initializers import scaled_truncated_normal
+from moe_jax.layers.mode import Mode
+from moe_jax.parallel.mesh import DATA, EXPERT, MODEL, TOKEN_AXES, mesh_in_force
+from moe_jax.parallel.sharding import axis_size
+from moe_jax.routing.assignment import Mean, Router, RouterInputs, Routing
+from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.statistics import of_load
+from moe_jax.routing.token_choice import TopK
+
+
+@dataclasses.dataclass
+class MoEConfig:
+    """How tokens are routed; how many experts there are is the model's business.
+
+    Attributes:
+      router: any `moe_jax.routing.assignment.Router`; swap it by a Python line in a config.
+      capacity: slots per expert.
+      group_size: S, tokens that compete for the same slots in training and evaluation. Groups are
+        consecutive tokens of the batch, so the result does not depend on the mesh.
+      expert_dropout: dropout rate inside the experts (Switch section 2.4: 0.4 in fine-tuning).
+    """
+
+    router: Router = dataclasses.field(default_factory=TopK)
+    capacity: Capacity = dataclasses.field(default_factory=Capacity)
+    group_size: int = 1024
+    expert_dropout: float = 0.0
+
+    def validate(self, num_experts: int) -> None:
+        """Raises UserError where the layer could not be built with E experts."""
+        self.router.validate(num_experts)
+        self.capacity.validate()
+        if self.group_size < 1:
+            raise UserError(f"moe.group_size is {self.group_size}; it must be at least 1 token.")
+        if not 0 <= self.expert_dropout < 1:
+            raise UserError(f"moe.expert_dropout is {self.expert_dropout}; it must be in [0, 1).")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenInfo:
+    """What routers may know of each token beside its vector, all [B, L].
+
+    Attributes:
+      mask: bool, False for padding.
+      token_ids: int32 vocabulary ids.
+      positions: int32 positions in the sequence.
+      sequence_ids: int32 ids of the sequence.
+    """
+
+    mask: jax.Array
+    token_ids: jax.Array
+    positions: jax.Array
+    sequence_ids: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoEReport:
+    """Losses and statistics of one layer, reduced over all tokens of the global batch.
+
+    Attributes:
+      losses: name -> [] float32, before coefficients.
+      statistics: name -> [] or [E] float32.
+    """
+
+    losses: dict[str, jax.Array]
+    statistics: dict[str, jax.Array]
+
+
+class MoE(nnx.Module):
+    """E feed-forward networks of which each token visits K.
+
+    Attributes:
+      router: the router's parameters, float32, whole on every device.
+      w_in: [E, d, f] float32.
+      w_out: [E, f, d] float32.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        width: int,
+        mlp_width: int,
+        num_experts: int,
+        scale: float,
+        key: jax.Array,
+    ) -> None:
+        router_key, in_key, out_key = jax.random.split(key, 3)
+        self.config = nnx.static(config)
+        self.num_experts = num_experts
+        self.router = nnx.data(
+            {
+                name: nnx.Param(value, axes=("router_width", "router_experts")[: value.ndim])
+                for name, value in config.router.init(router_key, width, num_experts).items()
+            }
+        )
+        w_in = scaled_truncated_normal(in_key, (num_experts, width, mlp_width), width, scale)
+        w_out = scaled_truncated_normal(out_key, (num_experts, mlp_width, width), mlp_width, scale)
+        self.w_in = nnx.Param(w_in, axes=("experts", "expert_embed", "mlp"))
+        self.w_out = nnx.Param(w_out, axes=("experts", "mlp", "expert_embed"))
+
+    def __call__(
+        self, x: jax.Array, info: TokenInfo, mode: Mode, key: jax.Array | None
+    ) -> tuple[jax.Array, MoEReport]:
+        """Applies the layer.
+
+        Args:
+          x: [B, L, d] in the compute dtype.
+          info: of each token.
+          mode: decides noise and capacity.
+          key: PRNG key of this layer and step; None where nothing is random.
+
+        Returns:
+          [B, L, d] (0 for tokens without a slot: the residual carries them), and the report.
+
+        Raises:
+          UserError: the tokens cannot be cut into groups, or the groups into the mesh's shards.
+        """
+        mesh = mesh_in_force()
+        tokens = x.shape[0] * x.shape[1]
+        # A decoded row is its own group: nothing is dropped, so groups change nothing but memory.
+        group_size = x.shape[1] if mode == Mode.DECODE else self.config.group_size
+        groups = number_of_groups(tokens, group_size, axis_size(mesh, TOKEN_AXES))
+        capacity = group_size
+        if mode != Mode.DECODE:
+            capacity = self.config.capacity.slots(
+                group_size, self.config.router.choices, self.num_experts, mode == Mode.TRAIN
+            )
+        grouped = jax.tree.map(
+            lambda a: a.reshape(groups, group_size, *a.shape[2:]), (x, info)
+        )
+        y, report = _moe_shard_map(mesh, self.config, self.num_experts, capacity, mode)(
+            *grouped,
+            jnp.arange(tokens, dtype=jnp.int32).reshape(groups, group_size),
+            {name: value[...] for name, value in self.router.items()},
+            self.w_in[...],
+            self.w_out[...],
+            jax.random.key(0) if key is None else key,
+        )
+        return y.reshape(x.shape), report
+
+
+def number_of_groups(tokens: int, group_size: int, shards: int) -> int:
+    """G = T / S.
+
+    Raises:
+      UserError: S does not divide T, or the mesh's token shards do not divide G.
+    """
+    if tokens % group_size:
+        raise UserError(
+            f"moe.group_size is {group_size}, which does not divide the {tokens} tokens of a batch; "
+            "choose a divisor of batch_size * sequence_length."
+        )
+    groups = tokens // group_size
+    if groups % shards:
+        raise UserError(
+            f"the batch has {groups} groups of moe.group_size={group_size} tokens, which the "
+            f"{shards} shards of mesh axes data x expert do not divide; choose a smaller group_size "
+            "or fewer devices on these axes."
+        )
+    return groups
+
+
+def _moe_shard_map(
+    mesh: Any, config: MoEConfig, num_experts: int, capacity: int, mode: Mode
+) -> Any:
+    """The layer over global arrays: splits them by the mesh, Manual inside."""
+    tokens = PartitionSpec(TOKEN_AXES)
+    w_in = PartitionSpec(EXPERT, DATA, MODEL)
+    w_out = PartitionSpec(EXPERT, MODEL, DATA)
+    return jax.shard_map(
+        functools.partial(
+            _moe_of_shard,
+            config=config,
+            num_experts=num_experts,
+            capacity=capacity,
+            mode=mode,
+        ),
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, PartitionSpec(), w_in, w_out, PartitionSpec()),
+        out_specs=(tokens, PartitionSpec()),
+    )
+
+
+def _moe_of_shard(
+    x: jax.Array,
+    info: TokenInfo,
+    token_index: jax.Array,
+    router: dict[str, jax.Array],
+    w_in: jax.Array,
+    w_out: jax.Array,
+    key: jax.Array,
+    *,
+    config: MoEConfig,
+    num_experts: int,
+    capacity: int,
+    mode: Mode,
+) -> tuple[jax.Array, MoEReport]:
+    """One device's share of the layer.
+
+    Args:
+      x: [G, S, d] this device's groups (G is local here), the same on all devices of `model`.
+      info: [G, S] each.
+      token_index: [G, S] index in the global batch.
+      router: the router's parameters, whole.
+      w_in: [E/expert, d/data, f/model].
+      w_out: [E/expert, f/model, d/data].
+      key: of this layer and step.
+      config, num_experts, capacity, mode: static.
+    """
+    router_key, dropout_key = jax.random.split(key)
+    train = mode == Mode.TRAIN
+
+    def route(x: jax.Array, info: TokenInfo, index: jax.Array) -> Routing:
+        group_key = jax.random.fold_in(router_key, index)
+        inputs = RouterInputs(
+            x, info.mask, info.token_ids, info.positions, info.sequence_ids, group_key, train
+        )
+        return config.router.route(router, inputs, num_experts, capacity)
+
+    # The group's first token stands for its global index.
+    routing = jax.vmap(route)(x, info, token_index[:, 0])
+
+    # FSDP: gathered here and not by the caller, so that the backward pass is a reduce-scatter.
+    weights_in = _gather_over_data(w_in, axis=1).astype(x.dtype)
+    weights_out = _gather_over_data(w_out, axis=2).astype(x.dtype)
+
+    def experts(rows: jax.Array, rows_token: jax.Array) -> jax.Array:
+        hidden = jax.nn.relu(jnp.einsum("erd,edf->erf", rows, weights_in))
+        if train and config.expert_dropout:
+            hidden = _expert_dropout(hidden, config.expert_dropout, dropout_key, rows_token)
+        return jnp.einsum("erf,efd->erd", hidden, weights_out)
+
+    # Each device of `model` computes with its slice of f; from here on their values differ. Said
+    # on x and not on the buffers, so that the backward pass sums [T, d] over `model`, not [E*C, d].
+    varying = jax.lax.pcast(x, MODEL, to="varying")
+    y = gather.apply(varying, routing.assignment, token_index, experts, num_experts, EXPERT)
+    y = jax.lax.psum(y, MODEL)
+    return y, _reduced_report(routing)
+
+
+def _gather_over_data(w: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.all_gather(w, DATA, axis=axis, tiled=True)
+
+
+def _expert_dropout(
+    hidden: jax.Array, rate: float, key: jax.Array, rows_token: jax.Array
+) -> jax.Array:
+    """Dropout on [E/expert, R, f/model] whose draw depends on token and expert, not on the mesh."""
+    experts_here, rows, width_here = hidden.shape
+    expert = jax.lax.axis_index(EXPERT) * experts_here + jnp.arange(experts_here)
+    # Every device of `model` draws the mask of the whole width and uses its slice of it.
+    ones = jnp.ones((rows, width_here * jax.lax.axis_size(MODEL)), hidden.dtype)
+
+    def one_expert(h: jax.Array, index: jax.Array, token: jax.Array) -> jax.Array:
+        mask = dropout_by_token(ones, rate, jax.random.fold_in(key, index), token)
+        start = jax.lax.axis_index(MODEL) * width_here
+        return h * jax.lax.dynamic_slice_in_dim(mask, start, width_here, axis=1)
+
+    return jax.vmap(one_expert)(hidden, expert, rows_token)
+
+
+def _reduced_report(routing: Routing) -> MoEReport:
+    """Sums the groups' (sum, count) pairs over the whole mesh: one all-reduce of a few floats."""
+    local = jax.tree.map(lambda a: a.sum(axis=0), (routing.losses, routing.statistics))
+    flat, unravel = ravel_pytree(local)
+    losses, statistics = unravel(jax.lax.psum(flat, TOKEN_AXES))
+    values = jax.tree.map(Mean.value, statistics, is_leaf=lambda leaf: isinstance(leaf, Mean))
+    return MoEReport(
+        losses={name: mean.value() for name, mean in losses.items()},
+        statistics={**values, **of_load(values["load"])},
+    )
+

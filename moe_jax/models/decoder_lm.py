@@ -1,0 +1,320 @@
+"""Decoder-only language model with a Mixture-of-Experts in every n-th block.
+
+Axis letters: B batch, L length, M cache length, d width, f feed-forward width, E experts,
+V vocabulary.
+
+Blocks repeat as one stacked period: `moe_every - 1` dense blocks and one MoE block, created by
+`nnx.vmap` and run by `lax.scan`, so tracing time does not grow with depth.
+"""
+
+import dataclasses
+import enum
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.errors import UserError
+from moe_jax.layers.attention import Attention, CacheView, KeyValues
+from moe_jax.layers.dropout import dropout
+from moe_jax.layers.embedding import PositionEmbedding, TokenEmbedding
+from moe_jax.layers.feed_forward import FeedForward
+from moe_jax.layers.mode import Mode
+from moe_jax.layers.moe import MoE, MoEConfig, MoEReport, TokenInfo
+from moe_jax.layers.normalization import RMSNorm
+from moe_jax.parallel.sharding import constrain
+
+
+class ComputeDtype(enum.StrEnum):
+    """Type of activations and of the weights they meet; parameters and routers stay float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Remat(enum.StrEnum):
+    """What the backward pass recomputes of each period: nothing, all but matrix products, all."""
+
+    NONE = "none"
+    DOTS = "dots"
+    FULL = "full"
+
+
+@dataclasses.dataclass
+class DecoderLMConfig:
+    """A decoder-only language model.
+
+    Attributes:
+      vocab_size: V, at least the tokenizer's.
+      max_length: longest sequence; the size of the position table.
+      num_layers: number of blocks; a multiple of `moe_every`.
+      width: d.
+      num_heads: attention heads.
+      head_width: width of a head.
+      mlp_width: f, of dense feed-forward layers and of each expert.
+      num_experts: E.
+      moe_every: every n-th block has a MoE in place of the feed-forward layer; 0 for a dense model.
+      moe: how tokens are routed.
+      dropout: rate on embeddings, on each block's outputs and inside dense feed-forward layers.
+      init_scale: s of the truncated normal with variance s / fan_in.
+      dtype: compute dtype.
+      remat: what to recompute in the backward pass.
+      unroll: unroll the loop over periods (longer compilation; exact FLOP counts by XLA).
+    """
+
+    vocab_size: int = 264
+    max_length: int = 256
+    num_layers: int = 4
+    width: int = 128
+    num_heads: int = 4
+    head_width: int = 32
+    mlp_width: int = 512
+    num_experts: int = 8
+    moe_every: int = 2
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+    dropout: float = 0.0
+    init_scale: float = 1.0
+    dtype: ComputeDtype = ComputeDtype.FLOAT32
+    remat: Remat = Remat.NONE
+    unroll: bool = False
+
+    @property
+    def num_periods(self) -> int:
+        """Number of repetitions of the stacked period."""
+        return self.num_layers // max(self.moe_every, 1)
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the blocks that have a MoE."""
+        every = self.moe_every
+        return list(range(every - 1, self.num_layers, every)) if every else []
+
+    def validate(self) -> None:
+        """Raises UserError for a model that could not be built."""
+        for name in ("vocab_size", "max_length", "num_layers", "width", "num_heads", "head_width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.moe_every < 0 or self.num_layers % max(self.moe_every, 1):
+            raise UserError(
+                f"model.moe_every is {self.moe_every}, which does not divide "
+                f"model.num_layers={self.num_layers}; use a divisor, or 0 for a dense model."
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1).")
+        if self.moe_every:
+            self.moe.validate(self.num_experts)
+            if not self.moe.router.causal:
+                raise UserError(
+                    f"model.moe.router is {type(self.moe.router).__name__}, which lets a token see "
+                    "later ones; a decoder needs a causal router such as TopK."
+                )
+
+    def build(self, key: jax.Array) -> "DecoderLM":
+        """Creates the model with freshly drawn parameters."""
+        return DecoderLM(self, key)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What decoding remembers.
+
+    Attributes:
+      layers: KeyValues of [periods, blocks per period, B, M, H, h].
+      filled: [B, M] bool, cache positions that hold a real token.
+      start: [] int32, next cache position.
+    """
+
+    layers: KeyValues
+    filled: jax.Array
+    start: jax.Array
+
+
+class Block(nnx.Module):
+    """Pre-normalised attention, then a feed-forward layer or a MoE."""
+
+    def __init__(self, config: DecoderLMConfig, sparse: bool, key: jax.Array) -> None:
+        attention_key, mlp_key = jax.random.split(key)
+        scale = config.init_scale
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = Attention(
+            config.width, config.num_heads, config.head_width, scale, attention_key
+        )
+        self.mlp_norm = RMSNorm(config.width)
+        self.mlp: MoE | FeedForward
+        if sparse:
+            self.mlp = MoE(
+                config.moe, config.width, config.mlp_width, config.num_experts, scale, mlp_key
+            )
+        else:
+            self.mlp = FeedForward(
+                config.width, config.mlp_width, config.dropout, scale, mlp_key
+            )
+        self.dropout = config.dropout
+
+    def __call__(
+        self,
+        x: jax.Array,
+        info: TokenInfo,
+        padded: bool,
+        mode: Mode,
+        key: jax.Array | None,
+        cache: KeyValues | None,
+        view: CacheView | None,
+    ) -> tuple[jax.Array, KeyValues | None, MoEReport | None]:
+        """[B, L, d] to [B, L, d]; also the updated cache, and a MoE's report."""
+        attention_key, mlp_key, out_key = (
+            (None,) * 3 if key is None else jax.random.split(key, 3)
+        )
+        attended, cache = self.attention(
+            self.attention_norm(x), info.mask if padded else None, cache, view
+        )
+        x = x + dropout(attended, self.dropout, attention_key)
+        normed = self.mlp_norm(x)
+        report = None
+        if isinstance(self.mlp, MoE):
+            y, report = self.mlp(normed, info, mode, mlp_key)
+        else:
+            y = self.mlp(normed, mlp_key)
+        x = constrain(x + dropout(y, self.dropout, out_key), "batch", "length", "width")
+        return x, cache, report
+
+
+class Period(nnx.Module):
+    """The blocks that repeat: dense ones, and a MoE block at the end."""
+
+    def __init__(self, config: DecoderLMConfig, key: jax.Array) -> None:
+        count = max(config.moe_every, 1)
+        self.blocks = nnx.List(
+            Block(config, bool(config.moe_every) and i == count - 1, k)
+            for i, k in enumerate(jax.random.split(key, count))
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        info: TokenInfo,
+        padded: bool,
+        mode: Mode,
+        key: jax.Array | None,
+        caches: KeyValues | None,
+        view: CacheView | None,
+    ) -> tuple[jax.Array, KeyValues | None, MoEReport | None]:
+        """Runs the blocks in order; caches are stacked over blocks."""
+        report, new_caches = None, []
+        for i, block in enumerate(self.blocks):
+            block_key = None if key is None else jax.random.fold_in(key, i)
+            cache = jax.tree.map(lambda a, i=i: a[i], caches)
+            x, cache, report = block(x, info, padded, mode, block_key, cache, view)
+            new_caches.append(cache)
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *new_caches)
+        return x, stacked, report
+
+
+class DecoderLM(nnx.Module):
+    """The language model."""
+
+    def __init__(self, config: DecoderLMConfig, key: jax.Array) -> None:
+        token_key, position_key, period_key = jax.random.split(key, 3)
+        self.config = nnx.static(config)
+        self.tokens = TokenEmbedding(config.vocab_size, config.width, 1.0, token_key)
+        self.positions = PositionEmbedding(config.max_length, config.width, position_key)
+        self.periods = nnx.vmap(functools.partial(Period, config))(
+            jax.random.split(period_key, config.num_periods)
+        )
+        self.norm = RMSNorm(config.width)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array | None,
+        mode: Mode,
+        key: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, MoEReport | None, Cache | None]:
+        """Predicts the next token everywhere.
+
+        Args:
+          tokens: [B, L] int32.
+          mask: [B, L] bool, False for padding, which may be on either side; None for none.
+          mode: what the pass is for.
+          key: PRNG key of this step; None where nothing is random.
+          cache: of earlier calls; the tokens continue where it stands.
+
+        Returns:
+          logits [B, L, V] float32; the MoE layers' report with a leading axis over periods (None
+          for a dense model); the cache after this call (None if there was none).
+
+        Raises:
+          UserError: the sequence is longer than the position table.
+        """
+        config: DecoderLMConfig = self.config
+        dtype = jnp.dtype(config.dtype)
+        length = tokens.shape[1] if cache is None else cache.filled.shape[1]
+        if length > config.max_length:
+            raise UserError(
+                f"model.max_length is {config.max_length}, but a sequence has {length} tokens; "
+                "raise it or shorten the sequence."
+            )
+        padded = mask is not None
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+        view = None
+        if cache is not None:
+            filled = jax.lax.dynamic_update_slice_in_dim(cache.filled, mask, cache.start, axis=1)
+            view = CacheView(cache.start, filled)
+        info = _token_info(tokens, mask, cache)
+        embed_key, period_key = (None,) * 2 if key is None else jax.random.split(key)
+
+        x = self.tokens(tokens, dtype) + self.positions(info.positions, dtype)
+        x = dropout(constrain(x, "batch", "length", "width"), config.dropout, embed_key)
+        definition, parameters = nnx.split(self.periods)
+
+        def period(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
+            values, index, caches = scanned
+            k = None if period_key is None else jax.random.fold_in(period_key, index)
+            x, caches, report = nnx.merge(definition, values)(
+                x, info, padded, mode, k, caches, view
+            )
+            return x, (caches, report)
+
+        caches = None if cache is None else cache.layers
+        x, (caches, report) = jax.lax.scan(
+            _rematerialized(period, config.remat),
+            x,
+            (parameters, jnp.arange(config.num_periods), caches),
+            unroll=config.num_periods if config.unroll else 1,
+        )
+        if cache is not None and view is not None:
+            cache = Cache(caches, view.filled, cache.start + tokens.shape[1])
+        return self.tokens.logits(self.norm(x)), report, cache
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache for `batch` sequences of up to `length` tokens, padding included."""
+        config: DecoderLMConfig = self.config
+        blocks = max(config.moe_every, 1)
+        shape = (
+            config.num_periods, blocks, batch, length, config.num_heads, config.head_width
+        )  # fmt: skip
+        zeros = jnp.zeros(shape, config.dtype)
+        return Cache(
+            KeyValues(zeros, zeros), jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32)
+        )
+
+
+def _token_info(tokens: jax.Array, mask: jax.Array, cache: Cache | None) -> TokenInfo:
+    """Positions count real tokens only, so that left padding changes nothing."""
+    before = 0 if cache is None else cache.filled.sum(axis=1, keepdims=True, dtype=jnp.int32)
+    positions = jnp.maximum(before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
+    return TokenInfo(mask, tokens, positions, jnp.broadcast_to(rows, tokens.shape))
+
+
+def _rematerialized(function: Any, remat: Remat) -> Any:
+    if remat == Remat.NONE:
+        return function
+    policy = (
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == Remat.DOTS else None
+    )
+    return jax.checkpoint(function, policy=policy)

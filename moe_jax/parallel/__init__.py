@@ -1,0 +1,1 @@
+"""The device mesh, and which mesh axis each named array dimension is split over."""

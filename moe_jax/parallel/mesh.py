@@ -1,0 +1,105 @@
+"""The device mesh: its axes, its making, and the mesh in force.
+
+Axes
+  data    data parallelism: rows of the batch, and FSDP of expert weights
+  expert  expert parallelism: experts, and rows of the batch outside the experts
+  model   tensor parallelism: attention heads and feed-forward width
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from moe_jax.errors import UserError
+
+DATA, EXPERT, MODEL = "data", "expert", "model"
+AXES = (DATA, EXPERT, MODEL)
+TOKEN_AXES = (DATA, EXPERT)  # Tokens are split over both and replicated over `model`.
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices along each mesh axis.
+
+    Attributes:
+      data: devices along the data-parallel axis.
+      expert: devices along the expert-parallel axis; divides the number of experts.
+      model: devices along the tensor-parallel axis; divides heads and feed-forward widths.
+      host_devices: how many devices the CPU backend pretends to have. Only read where the CPU is
+        the default backend, and only before that backend starts.
+      fsdp_min_size: parameters with fewer elements stay replicated over `data` and `expert`,
+        because gathering a small array costs more time than holding it costs memory.
+    """
+
+    data: int = 1
+    expert: int = 1
+    model: int = 1
+    host_devices: int = 8
+    fsdp_min_size: int = 2**18
+
+    @property
+    def size(self) -> int:
+        """Devices in the mesh."""
+        return self.data * self.expert * self.model
+
+    @property
+    def token_shards(self) -> int:
+        """Number of different slices of a batch of tokens."""
+        return self.data * self.expert
+
+    def __str__(self) -> str:
+        return f"data={self.data} x expert={self.expert} x model={self.model}"
+
+    def validate(self) -> None:
+        """Raises UserError for an axis that has no device."""
+        for name in (*AXES, "host_devices"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"mesh.{name} is {getattr(self, name)}; it must be at least 1 device."
+                )
+
+
+def force_host_devices(count: int) -> None:
+    """Gives the CPU backend `count` devices; has no effect on other backends.
+
+    Raises:
+      UserError: the backend runs already, with another number of devices.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        if jax.default_backend() == "cpu" and jax.local_device_count() != count:
+            raise UserError(
+                f"mesh.host_devices is {count}, but JAX already runs with "
+                f"{jax.local_device_count()} devices; set it before the first JAX computation."
+            ) from error
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """Makes the mesh over the first `config.size` devices of the default backend.
+
+    Raises:
+      UserError: there are fewer devices than the mesh needs.
+    """
+    devices = jax.devices()
+    if config.size > len(devices):
+        remedy = "raise mesh.host_devices" if devices[0].platform == "cpu" else "use more devices"
+        raise UserError(
+            f"mesh {config} needs {config.size} devices but there are {len(devices)} "
+            f"({devices[0].device_kind}); lower the mesh or {remedy}."
+        )
+    shape = (config.data, config.expert, config.model)
+    return jax.make_mesh(
+        shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)]
+    )
+
+
+def mesh_in_force() -> Mesh | jax.sharding.AbstractMesh:
+    """The mesh set by `jax.set_mesh`, or else a mesh of one device.
+
+    So a layer may be called in a script that has never heard of meshes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return make_mesh(MeshConfig()) if mesh.empty else mesh

@@ -1,0 +1,106 @@
+"""Which mesh axes each named dimension is split over: one table for parameters and activations.
+
+A parameter names its dimensions (`axes=("embed", "heads", "head")`) and never a mesh axis.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.errors import UserError
+from moe_jax.parallel.mesh import DATA, EXPERT, MODEL, TOKEN_AXES
+
+MeshAxes = str | tuple[str, ...] | None
+
+# Dimensions that are split only to save memory (FSDP): a parameter too small to be worth the
+# gathering keeps them whole.
+FSDP_AXES: dict[str, MeshAxes] = {"embed": TOKEN_AXES, "expert_embed": (DATA,)}
+
+MESH_AXES: dict[str, MeshAxes] = {
+    **FSDP_AXES,
+    "layers": None,  # The stacking axis of a repeated period.
+    "positions": None,
+    "vocabulary": MODEL,
+    "heads": MODEL,
+    "head": None,
+    "qkv": None,
+    "mlp": MODEL,
+    "experts": EXPERT,
+    "router_width": None,  # Routers are small and needed whole by every shard.
+    "router_experts": None,
+    "norm": None,
+    "batch": TOKEN_AXES,
+    "length": None,
+    "width": None,
+}
+
+
+def partition_spec(axes: Sequence[str]) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions are named `axes`.
+
+    Raises:
+      UserError: a name is not in the table (a silent replication would hide a typo).
+    """
+    for name in axes:
+        if name not in MESH_AXES:
+            raise UserError(
+                f"dimension name {name!r} is not in moe_jax.parallel.sharding.MESH_AXES; "
+                f"use one of {', '.join(MESH_AXES)} or add it there."
+            )
+    return PartitionSpec(*(MESH_AXES[name] for name in axes))
+
+
+def parameter_spec(
+    name: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh, fsdp_min_size: int
+) -> PartitionSpec:
+    """The PartitionSpec of one parameter; `name` is what an error calls it.
+
+    Raises:
+      UserError: a dimension is not divisible by the mesh axes it is split over.
+    """
+    stacked = axes[1:] if axes[0] == "layers" else axes
+    elements = math.prod(shape[len(axes) - len(stacked) :])
+    spec = list(partition_spec(axes))
+    for position, (size, axis) in enumerate(zip(shape, axes, strict=True)):
+        if axis in FSDP_AXES and elements < fsdp_min_size:
+            spec[position] = None
+        shards = axis_size(mesh, spec[position])
+        if size % shards:
+            raise UserError(
+                f"parameter {name} has {size} along its {axis!r} dimension, which is not divisible "
+                f"by the {shards} devices of mesh axes {spec[position]}; change one of them."
+            )
+    return PartitionSpec(*spec)
+
+
+def axis_size(mesh: Mesh | jax.sharding.AbstractMesh, axes: MeshAxes) -> int:
+    """Number of shards made by splitting over `axes`."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh, fsdp_min_size: int) -> Any:
+    """NamedShardings of a tree of parameters.
+
+    Args:
+      shapes: tree of arrays or ShapeDtypeStructs.
+      axes: the same tree with a tuple of dimension names at each leaf.
+      mesh: the mesh.
+      fsdp_min_size: see `MeshConfig`.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any, names: Sequence[str]) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, parameter_spec(name, leaf.shape, names, mesh, fsdp_min_size))
+
+    return jax.tree.map_with_path(one, shapes, axes)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Asks the compiler to lay out activation `x` by its dimension names; no-op without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))

@@ -1,0 +1,1 @@
+"""WHO goes where: pure functions over the arrays of one group of tokens."""

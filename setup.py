@@ -1,0 +1,33 @@
+"""Package metadata: the only place that names dependencies. `make lock` pins them in requirements.lock."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="moe_jax",
+    version="0.1.0",
+    description="Mixture-of-Experts papers in JAX and Flax: reproduce, compare, extend.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["moe_jax", "moe_jax.*"]),
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "etils[epath]",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "matplotlib",
+        "ml_collections>=1.1.0",
+        "numpy",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.10",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff"],
+        "gpu": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+    },
+)
