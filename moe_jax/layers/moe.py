@@ -147,9 +147,7 @@ class MoE(nnx.Module):
             capacity = self.config.capacity.slots(
                 group_size, self.config.router.choices, self.num_experts, mode == Mode.TRAIN
             )
-        grouped = jax.tree.map(
-            lambda a: a.reshape(groups, group_size, *a.shape[2:]), (x, info)
-        )
+        grouped = jax.tree.map(lambda a: a.reshape(groups, group_size, *a.shape[2:]), (x, info))
         y, report = _moe_shard_map(mesh, self.config, self.num_experts, capacity, mode)(
             *grouped,
             jnp.arange(tokens, dtype=jnp.int32).reshape(groups, group_size),
@@ -291,4 +289,3 @@ def _reduced_report(routing: Routing) -> MoEReport:
         losses={name: mean.value() for name, mean in losses.items()},
         statistics={**values, **of_load(values["load"])},
     )
-

@@ -149,9 +149,7 @@ class Block(nnx.Module):
                 config.moe, config.width, config.mlp_width, config.num_experts, scale, mlp_key
             )
         else:
-            self.mlp = FeedForward(
-                config.width, config.mlp_width, config.dropout, scale, mlp_key
-            )
+            self.mlp = FeedForward(config.width, config.mlp_width, config.dropout, scale, mlp_key)
         self.dropout = config.dropout
 
     def __call__(
@@ -165,9 +163,7 @@ class Block(nnx.Module):
         view: CacheView | None,
     ) -> tuple[jax.Array, KeyValues | None, MoEReport | None]:
         """[B, L, d] to [B, L, d]; also the updated cache, and a MoE's report."""
-        attention_key, mlp_key, out_key = (
-            (None,) * 3 if key is None else jax.random.split(key, 3)
-        )
+        attention_key, mlp_key, out_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         attended, cache = self.attention(
             self.attention_norm(x), info.mask if padded else None, cache, view
         )

@@ -103,3 +103,24 @@ def mesh_in_force() -> Mesh | jax.sharding.AbstractMesh:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return make_mesh(MeshConfig()) if mesh.empty else mesh
+
+
+def parse_mesh(text: str, config: MeshConfig) -> MeshConfig:
+    """Reads a mesh written as on the command line: `data:2,expert:4`.
+
+    Args:
+      text: axis:devices pairs; axes that are not named get 1; empty gives `config`.
+      config: supplies everything that is no axis.
+
+    Raises:
+      UserError: not of this form.
+    """
+    if not text:
+        return config
+    axes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        name, _, size = part.partition(":")
+        if name not in axes or not size.isdigit():
+            raise UserError(f"--mesh is {text!r}; write it as data:2,expert:4,model:1.")
+        axes[name] = int(size)
+    return dataclasses.replace(config, **axes)

@@ -126,6 +126,10 @@ class Router(Protocol):
         """The router's parameters, float32."""
 
     def route(
-        self, parameters: dict[str, jax.Array], inputs: RouterInputs, num_experts: int, capacity: int
+        self,
+        parameters: dict[str, jax.Array],
+        inputs: RouterInputs,
+        num_experts: int,
+        capacity: int,
     ) -> Routing:
         """Routes one group."""

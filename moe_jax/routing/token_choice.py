@@ -67,7 +67,11 @@ class TopK:
         return {"weights": ROUTER_INIT_SCALE * jax.random.normal(key, (width, num_experts))}
 
     def route(
-        self, parameters: dict[str, jax.Array], inputs: RouterInputs, num_experts: int, capacity: int
+        self,
+        parameters: dict[str, jax.Array],
+        inputs: RouterInputs,
+        num_experts: int,
+        capacity: int,
     ) -> Routing:
         """Routes one group; logits, gates and losses are float32 whatever the compute dtype."""
         logits = router_logits(parameters["weights"], inputs, self.jitter)

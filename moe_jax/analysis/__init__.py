@@ -1,0 +1,1 @@
+"""Counting parameters and FLOPs, and drawing figures; needs no device."""

@@ -1,0 +1,132 @@
+"""Pictures of runs, from the records in their metrics.jsonl."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Records = Sequence[Mapping[str, Any]]
+
+# Color-blind safe (Okabe and Ito); one colour means one thing in every picture.
+SPARSE, DENSE, NEUTRAL = "#0072B2", "#D55E00", "#666666"
+
+
+def save_run_report(
+    records: Records, moe_layers: Sequence[int], title: str, path: epath.PathLike
+) -> None:
+    """Draws one run: loss, dropped tokens, balance, and the load of each MoE layer over time."""
+    figure = _figure(title, rows=1 + _heatmap_rows(moe_layers), columns=2)
+    axes = figure.subplots(1 + _heatmap_rows(moe_layers), 2, squeeze=False).ravel()
+    _draw_loss(axes[0], {"this run": records}, {"this run": SPARSE})
+    _draw_routing(axes[1], records, moe_layers)
+    _draw_loads(axes[2:], records, moe_layers)
+    figure.savefig(str(path), dpi=120)
+
+
+def save_comparison(
+    sparse: Records,
+    dense: Records,
+    moe_layers: Sequence[int],
+    unigram_entropy: float,
+    title: str,
+    path: epath.PathLike,
+) -> None:
+    """Draws a MoE run beside its dense twin.
+
+    Args:
+      sparse, dense: records of the two runs.
+      moe_layers: block index of each MoE layer of the sparse run.
+      unigram_entropy: in nats per token, drawn as the level that no context gets below.
+      title: of the picture.
+      path: PNG to write.
+    """
+    rows = 1 + _heatmap_rows(moe_layers)
+    figure = _figure(title, rows, columns=2)
+    axes = figure.subplots(rows, 2, squeeze=False).ravel()
+    _draw_loss(
+        axes[0],
+        {"MoE": sparse, "dense twin": dense},
+        {"MoE": SPARSE, "dense twin": DENSE},
+    )
+    axes[0].axhline(unigram_entropy, color=NEUTRAL, linestyle=":", linewidth=1)
+    axes[0].text(
+        sparse[-1]["step"], unigram_entropy, "unigram entropy", ha="right", va="bottom",
+        color=NEUTRAL, fontsize=8,
+    )  # fmt: skip
+    _draw_routing(axes[1], sparse, moe_layers)
+    _draw_loads(axes[2:], sparse, moe_layers)
+    figure.savefig(str(path), dpi=120)
+
+
+def _figure(title: str, rows: int, columns: int) -> Figure:
+    figure = Figure(figsize=(5.5 * columns, 3.6 * rows), layout="constrained")
+    figure.suptitle(title)
+    return figure
+
+
+def _heatmap_rows(moe_layers: Sequence[int]) -> int:
+    return (len(moe_layers) + 1) // 2
+
+
+def _draw_loss(axes: Axes, runs: Mapping[str, Records], colors: Mapping[str, str]) -> None:
+    for name, records in runs.items():
+        color = colors[name]
+        axes.plot(
+            [r["step"] for r in records], [r["train/loss"] for r in records],
+            color=color, linewidth=1, alpha=0.5, label=f"{name}, training",
+        )  # fmt: skip
+        held_out = [(r["step"], r["eval/loss"]) for r in records if "eval/loss" in r]
+        axes.plot(*zip(*held_out, strict=True), "o-", color=color, label=f"{name}, held out")
+        axes.annotate(
+            f"{held_out[-1][1]:.3f}", held_out[-1], color=color, fontsize=8,
+            xytext=(0, 5 if color == DENSE else -12), textcoords="offset points", ha="right",
+        )  # fmt: skip
+    axes.set(xlabel="step", ylabel="loss (nats per byte)", title="Loss")
+    axes.legend(fontsize=8)
+
+
+def _draw_routing(axes: Axes, records: Records, moe_layers: Sequence[int]) -> None:
+    """Dropped assignments (left axis) and max/mean load (right axis)."""
+    axes.set(xlabel="step", title="Dropped tokens and balance")
+    if not moe_layers:
+        axes.text(0.5, 0.5, "a dense model routes nothing", ha="center", transform=axes.transAxes)
+        return
+    steps = [r["step"] for r in records]
+    right = axes.twinx()
+    for style, layer in zip(_line_styles(len(moe_layers)), moe_layers, strict=True):
+        dropped = [100 * r[f"router/{layer}/dropped"] for r in records]
+        uneven = [r[f"router/{layer}/max_over_mean_load"] for r in records]
+        axes.plot(steps, dropped, style, color=SPARSE, label=f"block {layer}, dropped")
+        right.plot(steps, uneven, style, color=DENSE, label=f"block {layer}, max/mean load")
+    axes.set_ylabel("dropped (% of assignments)", color=SPARSE)
+    right.set_ylabel("max/mean load", color=DENSE)
+    axes.set_ylim(bottom=0)
+    right.set_ylim(bottom=1)
+    lines = [*axes.get_lines(), *right.get_lines()]
+    axes.legend(lines, [str(line.get_label()) for line in lines], fontsize=8)
+
+
+def _line_styles(count: int) -> list[str]:
+    return [("-", "--", ":", "-.")[i % 4] for i in range(count)]
+
+
+def _draw_loads(axes: Sequence[Axes], records: Records, moe_layers: Sequence[int]) -> None:
+    """One heat map per MoE layer: share of the tokens that each expert gets, over time."""
+    for panel, layer in zip(axes, moe_layers, strict=False):
+        load = np.array([r[f"router/{layer}/load"] for r in records]).T
+        share = load / load.sum(axis=0, keepdims=True)
+        steps = [r["step"] for r in records]
+        image = panel.pcolormesh(
+            steps, np.arange(len(share)), 100 * share, shading="nearest", cmap="viridis", vmin=0
+        )
+        bar = panel.figure.colorbar(image, ax=panel)
+        bar.set_label("share of tokens (%)")
+        panel.set(
+            xlabel="step", ylabel="expert", title=f"Expert load, block {layer}",
+            yticks=np.linspace(0, len(share) - 1, min(len(share), 8)).round(),
+        )  # fmt: skip
+    for panel in axes[len(moe_layers) :]:
+        panel.set_visible(False)

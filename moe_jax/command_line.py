@@ -1,0 +1,110 @@
+"""What the scripts in experiments/ share: the --config flag, one-sentence errors, JSON output."""
+
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from moe_jax.errors import UserError
+from moe_jax.training.experiment import Experiment
+from moe_jax.training.loop import Interrupted
+
+USER_ERROR_STATUS = 2
+
+
+def define_config(default: str | None = None) -> flags.FlagHolder:
+    """Defines --config=FILE and --config.any.field=value."""
+    return config_flags.DEFINE_config_file(
+        "config", default, "Python file with a get_config() that returns an Experiment."
+    )
+
+
+def experiment(config: Any) -> Experiment:
+    """The value of --config.
+
+    Raises:
+      UserError: no file was named, or its get_config returns something else.
+    """
+    if not isinstance(config, Experiment):
+        raise UserError(
+            f"--config gives {config!r}; name a file whose get_config() returns an Experiment, "
+            "such as --config=configs/quickstart.py."
+        )
+    return config
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script: parses flags, calls `main`, and tells the user in one sentence what was wrong.
+
+    Exit status: 0 done, or stopped by SIGTERM after saving; 130 stopped by Ctrl-C after saving;
+    2 the user asked for something impossible.
+    """
+    logging.set_verbosity(logging.INFO)
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(logging.PythonFormatter("%(message)s"))
+    try:
+        app.run(lambda argv: _main(main, argv), flags_parser=_parse_flags)
+    except UserError as error:
+        _stop(str(error), USER_ERROR_STATUS)
+    except Interrupted as stopped:
+        _stop(str(stopped), 130 if stopped.signal_number == signal.SIGINT else 0)
+
+
+def _main(main: Callable[[], None], argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"argument {argv[1]!r} is not a flag; flags are written --name=value.")
+    # A second run of the same model starts at once.
+    if not jax.config.jax_compilation_cache_dir:
+        cache = os.path.expanduser("~/.cache/moe_jax/compiled")
+        jax.config.update("jax_compilation_cache_dir", cache)
+    main()
+
+
+def _stop(message: str, status: int) -> None:
+    sys.stdout.flush()
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser, with every complaint turned into one sentence."""
+    try:
+        return flags.FLAGS(list(argv))
+    except flags.Error as error:
+        raise UserError(_sentence(str(error))) from error
+    except (KeyError, AttributeError) as error:
+        raise UserError(_unknown_field(argv)) from error
+    except OSError as error:
+        raise UserError(f"--config: {error}; name a Python file with get_config().") from error
+
+
+def _sentence(message: str) -> str:
+    return " ".join(message.split()).rstrip(".") + "."
+
+
+def _unknown_field(argv: Sequence[str]) -> str:
+    """Finds the first --config override that names no field, and what was probably meant."""
+    files = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+    config: Any = config_flags.config_flags._ConfigFileParser("config").parse(files[-1])
+    for argument in argv:
+        if not argument.startswith("--config."):
+            continue
+        path = argument.removeprefix("--config.").split("=", 1)[0].split(".")
+        node, seen = config, "config"
+        for name in path:
+            known = sorted(vars(node)) if hasattr(node, "__dict__") else []
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                return (
+                    f"--config.{'.'.join(path)}: {seen} has no field {name!r}; {hint}"
+                    f"its fields are {', '.join(known) or 'set in the config file'}."
+                )
+            node, seen = getattr(node, name), f"{seen}.{name}"
+    return "a --config override names a field that does not exist."

@@ -1,0 +1,107 @@
+"""Configs are trees of plain dataclasses; here they become JSON, come back, and are compared.
+
+A dataclass is written as its fields plus a `"type"` tag, so that a swapped component (another
+router, another optimizer) is rebuilt as what it was. Only allow-listed types are ever built.
+"""
+
+import dataclasses
+import enum
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_jax.errors import UserError
+
+TYPE_TAG = "type"
+
+
+def encode(value: Any) -> Any:
+    """A config as JSON-ready dicts, lists and scalars."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {TYPE_TAG: type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {key: encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    return value
+
+
+def decode(tree: Any, allowed: Sequence[type]) -> Any:
+    """Rebuilds a config from `encode`'s output.
+
+    Args:
+      tree: the JSON tree.
+      allowed: the dataclasses that may be built.
+
+    Raises:
+      UserError: an unknown type or field.
+    """
+    if isinstance(tree, list):
+        return tuple(decode(item, allowed) for item in tree)
+    if not isinstance(tree, Mapping):
+        return tree
+    if TYPE_TAG not in tree:
+        return {key: decode(item, allowed) for key, item in tree.items()}
+    types = {t.__name__: t for t in allowed}
+    name = tree[TYPE_TAG]
+    if name not in types:
+        raise UserError(
+            f"config type {name!r} is not one that can be rebuilt; known are {', '.join(types)}."
+        )
+    cls = types[name]
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, item in tree.items():
+        if key == TYPE_TAG:
+            continue
+        if key not in hints:
+            raise UserError(f"{name} has no field {key!r}; its fields are {', '.join(hints)}.")
+        value = decode(item, allowed)
+        hint = hints[key]
+        is_enum = isinstance(hint, type) and issubclass(hint, enum.Enum)
+        values[key] = hint(value) if is_enum else value
+    return cls(**values)
+
+
+def check_types(config: Any, path: str = "config") -> None:
+    """Checks every scalar field against its annotation, in the whole tree.
+
+    Raises:
+      UserError: a value has another type than its field.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint, name = getattr(config, field.name), hints[field.name], f"{path}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_types(value, name)
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+                _check_instance(name, value, hint)
+        elif isinstance(hint, type):
+            _check_instance(name, value, hint)
+
+
+def _check_instance(name: str, value: Any, hint: type) -> None:
+    if getattr(hint, "_is_protocol", False):
+        good = False  # A component that is no dataclass could not be written to config.json.
+    elif hint is float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    elif hint is int:
+        good = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        good = isinstance(value, hint)
+    if not good:
+        raise UserError(
+            f"{name} is {value!r}, of type {type(value).__name__}; it must be {hint.__name__}."
+        )
+
+
+def differences(old: Any, new: Any, path: str = "config") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (path, old, new) for each difference between two encoded configs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in {**old, **new}:
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}")
+    elif old != new:
+        yield path, old, new

@@ -1,0 +1,63 @@
+"""From prompts as text to continuations as text."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.data.tokenizers import BOS, PAD, ByteTokenizer
+from moe_jax.decoding.sampling import Sampling, generate, left_padded
+from moe_jax.errors import UserError
+from moe_jax.models.decoder_lm import DecoderLM
+from moe_jax.parallel.mesh import TOKEN_AXES
+from moe_jax.parallel.sharding import axis_size
+
+
+def continue_texts(
+    model: DecoderLM,
+    mesh: Mesh,
+    prompts: Sequence[str],
+    new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+) -> list[str]:
+    """Continues all prompts in one batch.
+
+    Args:
+      model: on `mesh`.
+      mesh: its token shards split the batch, which is filled up with copies to divide evenly.
+      prompts: an empty one starts a text.
+      new_tokens: tokens to add to each.
+      sampling: how to draw.
+      seed: of the draws.
+
+    Raises:
+      UserError: bad sampling values, or prompt and new tokens do not fit the positions.
+    """
+    sampling.validate(model.config.vocab_size)
+    tokenizer = ByteTokenizer()
+    encoded = [np.concatenate([[BOS], tokenizer.encode(prompt)]) for prompt in prompts]
+    longest = max(map(len, encoded))
+    if longest + new_tokens - 1 > model.config.max_length:
+        raise UserError(
+            f"--max_new_tokens is {new_tokens}, which after a prompt of {longest} tokens is more "
+            f"than model.max_length={model.config.max_length}; ask for at most "
+            f"{model.config.max_length - longest + 1} or shorten the prompt."
+        )
+    rows = -len(prompts) % axis_size(mesh, TOKEN_AXES)
+    tokens, mask = left_padded(encoded + encoded[:1] * rows, PAD)
+    sharding = NamedSharding(mesh, PartitionSpec(TOKEN_AXES))
+    definition, parameters = nnx.split(model)
+
+    @jax.jit
+    def run(parameters: nnx.State, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        key = jax.random.key(seed)
+        merged = nnx.merge(definition, parameters)
+        return generate(merged, tokens, mask, key, new_tokens, sampling)
+
+    with jax.set_mesh(mesh):
+        tokens, mask = jax.device_put((tokens, mask), sharding)
+        drawn = jax.device_get(run(parameters, tokens, mask))
+    return [tokenizer.decode(row) for row in drawn[: len(prompts)]]

@@ -1,0 +1,1 @@
+"""The trainer: optimizer, state, step, loop, checkpoints, metrics."""

@@ -1,0 +1,376 @@
+"""A run from its config: create or resume, train, evaluate, log, checkpoint, report."""
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from moe_jax import configuration
+from moe_jax.analysis import figures
+from moe_jax.data.pipelines import HeldOutRows, TrainingRows
+from moe_jax.errors import UserError
+from moe_jax.models.definition import ModelDefinition
+from moe_jax.parallel.mesh import TOKEN_AXES, force_host_devices, make_mesh
+from moe_jax.training import experiment, metrics, provenance
+from moe_jax.training.checkpoints import Checkpoints, Stage
+from moe_jax.training.experiment import Experiment
+from moe_jax.training.state import (
+    TrainState,
+    abstract_state,
+    initial_state,
+    state_shapes,
+    state_shardings,
+)
+from moe_jax.training.step import evaluation_step, train_step
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error.
+    """The run was asked to stop and has saved its state."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A built run: mesh, model and data, before any step.
+
+    Attributes:
+      config: the validated config.
+      mesh: the device mesh.
+      definition: the model without numbers.
+      optimizer: optax transformation.
+      shapes, shardings: of the TrainState.
+    """
+
+    config: Experiment
+    mesh: Mesh
+    definition: ModelDefinition
+    optimizer: Any
+    shapes: TrainState
+    shardings: TrainState
+
+    @classmethod
+    def build(cls, config: Experiment) -> "Run":
+        """Validates the config and makes the mesh and the model's definition.
+
+        Raises:
+          UserError: the config cannot work on these devices.
+        """
+        config.validate()
+        force_host_devices(config.mesh.host_devices)
+        mesh = make_mesh(config.mesh)
+        definition = ModelDefinition.of(config.model)
+        optimizer = config.optimizer.build(config.steps, definition.axes)
+        shapes = state_shapes(definition, optimizer)
+        shardings = state_shardings(definition, optimizer, mesh, config.mesh.fsdp_min_size)
+        return cls(config, mesh, definition, optimizer, shapes, shardings)
+
+    def initial_state(self) -> TrainState:
+        """Step 0."""
+        return initial_state(
+            self.config.model, self.definition, self.optimizer, self.config.seed, self.shardings
+        )
+
+    def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
+        """The state of a checkpoint, laid out for this run's mesh."""
+        return checkpoints.restore(step, abstract_state(self.shapes, self.shardings))
+
+    def put(self, rows: Callable[[int, int], dict[str, np.ndarray]], count: int) -> dict[str, Any]:
+        """Makes global arrays of `count` rows; each process reads only its devices' rows.
+
+        Args:
+          rows: (start, stop) -> these rows of the global batch.
+          count: rows of the global batch.
+        """
+        sharding = NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES))
+        blocks: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+
+        def block(index: tuple[slice, ...], name: str) -> np.ndarray:
+            start, stop, _ = index[0].indices(count)
+            if (start, stop) not in blocks:
+                blocks[start, stop] = rows(start, stop)
+            return blocks[start, stop][name]
+
+        example = rows(0, 1)
+        return {
+            name: jax.make_array_from_callback(
+                (count, *value.shape[1:]), sharding, lambda index, name=name: block(index, name)
+            )
+            for name, value in example.items()
+        }
+
+
+class Evaluator:
+    """Held-out loss of a run, in total and per domain."""
+
+    def __init__(self, run: Run, rows: HeldOutRows) -> None:
+        self._run, self._rows = run, rows
+        step = evaluation_step(run.definition, run.config.task, len(rows.domains))
+        self._step = jax.jit(step)
+
+    def __call__(self, parameters: Any) -> metrics.Record:
+        """`eval/loss` in nats per token over all held-out tokens, and `eval/loss/<domain>`."""
+        batch_size = self._run.config.data.batch_size
+        losses = np.zeros(len(self._rows.domains))
+        tokens = np.zeros(len(self._rows.domains))
+        for index in range(self._rows.num_batches):
+            batch = self._run.put(
+                lambda start, stop, index=index: self._rows.rows(index, start, stop), batch_size
+            )
+            loss, count = jax.device_get(self._step(parameters, batch))
+            losses += loss
+            tokens += count
+        record = {"eval/loss": float(losses.sum() / tokens.sum())}
+        for name, loss, count in zip(self._rows.domains, losses, tokens, strict=True):
+            if count:
+                record[f"eval/loss/{name}"] = float(loss / count)
+        return record
+
+
+def train(
+    config: Experiment,
+    workdir: epath.PathLike,
+    on_stage: Callable[[Stage, int], None] | None = None,
+) -> list[metrics.Record]:
+    """Trains until `config.steps`, continuing the run in `workdir` if there is one.
+
+    Args:
+      config: the run.
+      workdir: gets config.json, metrics.jsonl, TensorBoard events, checkpoints/ and report.png.
+      on_stage: told of the stages of each checkpoint.
+
+    Returns:
+      All records of the run.
+
+    Raises:
+      UserError: the config cannot work, `workdir` holds another run or only damaged checkpoints, or
+        the loss is not finite.
+      Interrupted: SIGTERM or SIGINT came; the state was saved.
+    """
+    run = Run.build(config)
+    workdir = epath.Path(workdir)
+    rows = TrainingRows.open(config.data, config.seed)
+    held_out = HeldOutRows.open(config.data, "validation", config.evaluation.batches)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, on_stage)
+    with jax.set_mesh(run.mesh):
+        if (workdir / experiment.CONFIG_FILE).exists():
+            experiment.check_continues(workdir, config)
+        step = checkpoints.newest_good() or 0
+        state = run.restore(checkpoints, step) if step else run.initial_state()
+        _write_config(run, workdir, rows)
+        logging.info(
+            "%s %s on %s; mesh %s; %s",
+            "Continuing from step" if step else "Starting at step",
+            step,
+            provenance.devices(),
+            config.mesh,
+            workdir,
+        )
+        _Loop(run, rows, Evaluator(run, held_out), checkpoints, workdir).go(state, step)
+    records = metrics.read(workdir)
+    figures.save_run_report(records, config.model.moe_layers, str(workdir), workdir / "report.png")
+    return records
+
+
+def _write_config(run: Run, workdir: epath.Path, rows: TrainingRows) -> None:
+    record = {
+        "config": configuration.encode(run.config),
+        "dataset": {
+            "name": run.config.data.dataset,
+            "sha256": rows.sha256,
+            "train_tokens": rows.num_tokens,
+            "unigram_entropy": rows.unigram_entropy(),
+        },
+        **provenance.record(),
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = workdir / (experiment.CONFIG_FILE + ".tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(workdir / experiment.CONFIG_FILE)
+
+
+class _Loop:
+    """The steps of one process's life."""
+
+    def __init__(
+        self,
+        run: Run,
+        rows: TrainingRows,
+        evaluate: Evaluator,
+        checkpoints: Checkpoints,
+        workdir: epath.Path,
+    ) -> None:
+        self.run, self.rows, self.evaluate = run, rows, evaluate
+        self.checkpoints, self.workdir = checkpoints, workdir
+        config = run.config
+        step = train_step(
+            run.definition, config.task, run.optimizer, config.seed, config.skip_nonfinite
+        )
+        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(run.shardings, None))
+        self.last_good = 0
+
+    def go(self, state: TrainState, start: int) -> None:
+        """Steps `start` + 1 to the last one."""
+        config = self.run.config
+        self.last_good = start
+        writer = metrics.MetricsWriter(self.workdir, start)
+        clock = _Clock(config.data.batch_size * config.data.sequence_length)
+        previous: dict[str, Any] | None = None
+        try:
+            with _progress(start, config.steps) as bar, _stop_signal() as stop:
+                for step in range(start + 1, config.steps + 1):
+                    batch = self._batch(step)
+                    clock.before_call()
+                    state, step_metrics = self.train_step(state, batch)
+                    clock.after_call()
+                    # Looked at one step late, so that the next step is already on its way.
+                    self._check_finite(step - 1, previous)
+                    previous = step_metrics
+                    if self._due(step):
+                        self._check_finite(step, step_metrics)
+                        record = self._record(step, step_metrics, clock)
+                        if self._evaluation_due(step):
+                            record.update(self.evaluate(state.parameters))
+                        writer.write(record)
+                        clock.restart()
+                        _show(bar, record)
+                    if step % config.checkpoint.every == 0 or step == config.steps:
+                        self._save(step, state, step_metrics)
+                        clock.restart()
+                    bar.update()
+                    if stop:
+                        self._save(step, state, step_metrics)
+                        raise Interrupted(
+                            f"stopped at step {step} of {config.steps} and saved; run the same "
+                            f"command again to continue ({self.workdir})",
+                            stop[0],
+                        )
+        finally:
+            writer.close()
+
+    def _batch(self, step: int) -> dict[str, Any]:
+        batch_size = self.run.config.data.batch_size
+        return self.run.put(lambda first, last: self.rows.rows(step - 1, first, last), batch_size)
+
+    def _due(self, step: int) -> bool:
+        config = self.run.config
+        return (
+            step % config.logging.every == 0 or step == config.steps or self._evaluation_due(step)
+        )
+
+    def _evaluation_due(self, step: int) -> bool:
+        config = self.run.config
+        every = config.evaluation.every
+        return step == config.steps or (every > 0 and step % every == 0)
+
+    def _record(self, step: int, step_metrics: dict[str, Any], clock: "_Clock") -> metrics.Record:
+        config = self.run.config
+        record = metrics.training_record(jax.device_get(step_metrics), config.model.moe_layers)
+        schedule = config.optimizer.learning_rate_at(config.steps)
+        record["train/learning_rate"] = float(schedule(step - 1))
+        return {"step": step, **record, **clock.record()}
+
+    def _save(self, step: int, state: TrainState, step_metrics: dict[str, Any]) -> None:
+        self._check_finite(step, step_metrics)
+        self.checkpoints.save(step, state)
+        self.last_good = step
+
+    def _check_finite(self, step: int, step_metrics: dict[str, Any] | None) -> None:
+        if step_metrics is None or bool(step_metrics["finite"]):
+            return
+        if self.run.config.skip_nonfinite:
+            logging.warning("step %d: loss or gradient is not finite; its update is skipped", step)
+            return
+        record = metrics.training_record(
+            jax.device_get(step_metrics), self.run.config.model.moe_layers
+        )
+        shown = {name: value for name, value in record.items() if not isinstance(value, list)}
+        raise UserError(
+            f"step {step}: the loss or a gradient is not finite ({json.dumps(shown)}); the last "
+            f"good checkpoint is step {self.last_good} in {self.checkpoints.directory}; lower "
+            "optimizer.learning_rate, or set skip_nonfinite=true to drop such updates."
+        )
+
+
+class _Clock:
+    """Times of a window between two records; the process's first step, which compiles, is apart."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self._tokens = tokens_per_step
+        self._compiled = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new window."""
+        self._start, self._steps, self._in_calls = time.perf_counter(), 0, 0.0
+
+    def before_call(self) -> None:
+        """Just before the step function is called."""
+        self._call = time.perf_counter()
+
+    def after_call(self) -> None:
+        """Just after the call returned, which is before the step is computed."""
+        if not self._compiled:
+            self._compiled = True
+            self.restart()
+            return
+        self._steps += 1
+        self._in_calls += time.perf_counter() - self._call
+
+    def record(self) -> metrics.Record:
+        """Throughput and the time until a step's call returns; empty before two steps ran."""
+        if not self._steps:
+            return {}
+        seconds = time.perf_counter() - self._start
+        return {
+            "time/tokens_per_second": self._tokens * self._steps / seconds,
+            "time/step_ms": 1e3 * seconds / self._steps,
+            "time/call_returns_ms": 1e3 * self._in_calls / self._steps,
+        }
+
+
+@contextmanager
+def _progress(start: int, steps: int) -> Iterator[tqdm]:
+    # Off a terminal a line every 10 s is enough.
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(initial=start, total=steps, unit="step", mininterval=interval, leave=True) as bar:
+        yield bar
+
+
+def _show(bar: tqdm, record: metrics.Record) -> None:
+    shown = {"loss": f"{record['train/loss']:.3f}"}
+    if "time/tokens_per_second" in record:
+        shown["tokens/s"] = f"{record['time/tokens_per_second']:,.0f}"
+    shown["dropped"] = f"{100 * metrics.dropped_fraction(record):.1f}%"
+    bar.set_postfix(shown, refresh=False)
+
+
+@contextmanager
+def _stop_signal() -> Iterator[list[int]]:
+    """A list that receives SIGTERM or SIGINT; a second SIGINT stops at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

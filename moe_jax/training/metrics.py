@@ -1,0 +1,95 @@
+"""Metrics of a run: one JSON object per logged step in metrics.jsonl, and TensorBoard events."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from moe_jax.layers.moe import MoEReport
+
+METRICS_FILE = "metrics.jsonl"
+
+Record = dict[str, Any]
+
+
+class MetricsWriter:
+    """Appends records; a resumed run first removes those it is going to repeat."""
+
+    def __init__(self, workdir: epath.PathLike, step: int) -> None:
+        """Opens the files.
+
+        Args:
+          workdir: the run's folder.
+          step: last step that is kept; records after it are removed.
+        """
+        self._path = epath.Path(workdir) / METRICS_FILE
+        kept = [record for record in read(workdir) if record["step"] <= step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(self._path)
+        self._file = open(os.fspath(self._path), "a")  # noqa: SIM115 - open as long as the run is.
+        self._events = SummaryWriter(os.fspath(epath.Path(workdir)), purge_step=step + 1)
+
+    def write(self, record: Record) -> None:
+        """Writes one step's record to disk before it returns."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for name, value in record.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._events.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._file.close()
+        self._events.close()
+
+
+def read(workdir: epath.PathLike) -> list[Record]:
+    """The records of a run in order of steps; a last line cut short by a kill is left out."""
+    path = epath.Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def training_record(metrics: Mapping[str, Any], moe_layers: list[int]) -> Record:
+    """Flattens a step's metrics.
+
+    Args:
+      metrics: of `train_step`, on the host; `router` is a MoEReport with a leading axis over MoE
+        layers, or None.
+      moe_layers: index of the block of each MoE layer.
+
+    Returns:
+      `train/...` scalars and `router/<block>/...` scalars; `router/<block>/load` is a list of E.
+    """
+    record: Record = {
+        f"train/{name}": float(value)
+        for name, value in metrics.items()
+        if name not in ("router", "finite")
+    }
+    report: MoEReport | None = metrics["router"]
+    if report is None:
+        return record
+    values = {**{f"{name}_loss": v for name, v in report.losses.items()}, **report.statistics}
+    for i, layer in enumerate(moe_layers):
+        for name, value in values.items():
+            record[f"router/{layer}/{name}"] = np.asarray(value[i], np.float64).tolist()
+    return record
+
+
+def dropped_fraction(record: Record) -> float:
+    """Mean over MoE layers of the fraction of assignments without a slot; 0 for a dense model."""
+    values = [v for name, v in record.items() if name.endswith("/dropped")]
+    return float(np.mean(values)) if values else 0.0

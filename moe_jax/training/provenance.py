@@ -1,0 +1,50 @@
+"""Where a result comes from: versions, commit, devices."""
+
+import pathlib
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import jax
+
+_PACKAGES = ("moe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def record() -> dict[str, Any]:
+    """Package versions, the checkout's commit (None outside git), and the devices."""
+    return {
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: metadata.version(name) for name in _PACKAGES},
+        },
+        "commit": commit(),
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+    }
+
+
+def devices() -> str:
+    """The devices in words, such as '8 x cpu (cpu)'."""
+    first = jax.devices()[0]
+    return f"{jax.device_count()} x {first.device_kind} ({first.platform})"
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package runs from, '+changes' if files differ from it."""
+    root = pathlib.Path(__file__).parent
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed else "")

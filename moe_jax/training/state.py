@@ -1,0 +1,85 @@
+"""What training changes, and how it lies on the mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.models.definition import ModelDefinition
+from moe_jax.parallel.sharding import parameter_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state of a run after `step` steps; with the config it determines all that follows.
+
+    Attributes:
+      step: [] int32, steps done.
+      parameters: nested dict of float32 arrays.
+      optimizer: optax state.
+    """
+
+    step: jax.Array
+    parameters: Any
+    optimizer: optax.OptState
+
+
+def initial_state(
+    model_config: Any,
+    definition: ModelDefinition,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    shardings: TrainState,
+) -> TrainState:
+    """Draws parameters; the numbers depend on the seed and not on the mesh."""
+
+    def create() -> TrainState:
+        model = model_config.build(jax.random.key(seed))
+        parameters = nnx.to_pure_dict(nnx.state(model))
+        return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+
+    return jax.jit(create, out_shardings=shardings)()
+
+
+def state_shapes(
+    definition: ModelDefinition, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """ShapeDtypeStructs of the state."""
+    return TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        definition.shapes,
+        jax.eval_shape(optimizer.init, definition.shapes),
+    )
+
+
+def state_shardings(
+    definition: ModelDefinition,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    fsdp_min_size: int,
+) -> TrainState:
+    """NamedShardings of the state: moments lie where their parameters do, scalars everywhere."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    parameters = parameter_shardings(definition.shapes, definition.axes, mesh, fsdp_min_size)
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, definition.shapes),
+        parameters,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(whole, parameters, moments)
+
+
+def abstract_state(shapes: TrainState, shardings: TrainState) -> TrainState:
+    """ShapeDtypeStructs with shardings: what a checkpoint is restored to."""
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )

@@ -1,0 +1,65 @@
+"""One step of training, and one batch of evaluation: pure functions of arrays."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax.models.definition import ModelDefinition
+from moe_jax.training.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+
+
+def train_step(
+    definition: ModelDefinition,
+    task: Any,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    skip_nonfinite: bool,
+) -> TrainStep:
+    """Makes the step function (state, batch) -> (state, metrics); jit it with donated state.
+
+    Args:
+      definition: the model.
+      task: gives `training_loss(model, batch, key)`.
+      optimizer: optax transformation.
+      seed: of dropout and router noise; folded with the step, so a resumed run draws the same.
+      skip_nonfinite: keep the old parameters where the loss or a gradient is not finite.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def loss(parameters: Any) -> tuple[jax.Array, dict[str, Any]]:
+            return task.training_loss(definition.merge(parameters), batch, key)
+
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters)
+        gradient_norm = optax.tree_utils.tree_norm(gradients)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates)
+        if skip_nonfinite:
+            parameters, optimizer_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (parameters, optimizer_state),
+                (state.parameters, state.optimizer),
+            )
+        metrics = {**metrics, "gradient_norm": gradient_norm, "finite": finite}
+        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+
+    return step
+
+
+def evaluation_step(
+    definition: ModelDefinition, task: Any, num_domains: int
+) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    """Makes (parameters, batch) -> ([D] summed loss, [D] tokens)."""
+
+    def step(parameters: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return task.evaluation_sums(definition.merge(parameters), batch, num_domains)
+
+    return step

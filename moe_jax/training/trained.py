@@ -1,0 +1,53 @@
+"""A finished or running run, opened to be used: its config and its newest good parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+
+from moe_jax.errors import UserError
+from moe_jax.parallel.mesh import parse_mesh
+from moe_jax.training import experiment
+from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.loop import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run at one of its checkpoints.
+
+    Attributes:
+      run: built on the mesh it is used on, which need not be the one it was trained on.
+      step: of the checkpoint.
+      parameters: nested dict of arrays.
+    """
+
+    run: Run
+    step: int
+    parameters: Any
+
+    @classmethod
+    def load(cls, workdir: epath.PathLike, mesh: str = "") -> "Trained":
+        """Opens a run.
+
+        Args:
+          workdir: the run's folder.
+          mesh: such as `data:2,expert:4`; empty for the run's own.
+
+        Raises:
+          UserError: there is no run, no good checkpoint, or the mesh does not fit.
+        """
+        config = experiment.load(workdir)
+        config.mesh = parse_mesh(mesh, config.mesh)
+        run = Run.build(config)
+        checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints")
+        step = checkpoints.newest_good()
+        if step is None:
+            raise UserError(
+                f"workdir {workdir} has no checkpoint yet; train it further, or lower "
+                "checkpoint.every."
+            )
+        with jax.set_mesh(run.mesh):
+            state = run.restore(checkpoints, step)
+        return cls(run, step, state.parameters)
