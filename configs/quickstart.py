@@ -5,7 +5,6 @@ as data=2 x expert=4. Trains in about two minutes on 2 cores.
 """
 
 from moe_jax.data.pipelines import TextData
-
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.parallel.mesh import MeshConfig
@@ -17,23 +16,23 @@ from moe_jax.training.optimizers import AdamW
 
 def get_config() -> Experiment:
     return Experiment(
-        steps=300,
+        steps=200,
         model=DecoderLMConfig(
             num_layers=4,
             width=128,
-            num_heads=4,
-            head_width=32,
+            num_heads=2,
+            head_width=64,
             mlp_width=512,
             num_experts=8,
             moe_every=2,
-            max_length=256,
+            max_length=128,
             moe=MoEConfig(
                 router=TopK(k=1, load_balancing_weight=1e-2),
                 capacity=Capacity(train_factor=1.25, evaluation_factor=2.0),
                 group_size=512,
             ),
         ),
-        data=TextData(dataset="python_library", sequence_length=256, batch_size=32),
+        data=TextData(dataset="python_library", sequence_length=128, batch_size=64),
         optimizer=AdamW(learning_rate=2e-3, warmup_steps=50),
         mesh=MeshConfig(data=2, expert=4),
         logging=Logging(every=10),

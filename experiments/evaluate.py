@@ -10,9 +10,9 @@ import math
 
 import jax
 from absl import flags
-from moe_jax.data.pipelines import HeldOutRows
 
 from moe_jax import command_line
+from moe_jax.data.pipelines import TextPipeline
 from moe_jax.training.loop import Evaluator
 from moe_jax.training.trained import Trained
 
@@ -28,9 +28,10 @@ def main() -> None:
     trained = Trained.load(_WORKDIR.value, _MESH.value)
     config = trained.run.config
     batches = _BATCHES.value or config.evaluation.batches
-    rows = HeldOutRows.open(config.data, _SPLIT.value, batches)
+    data = TextPipeline(config.data, config.seed)
+    evaluate = Evaluator(trained.run, data, _SPLIT.value, batches)
     with jax.set_mesh(trained.run.mesh):
-        losses = Evaluator(trained.run, rows)(trained.parameters)
+        losses = evaluate(trained.parameters)
     if _FORMAT.value == "json":
         print(json.dumps({"step": trained.step, "split": _SPLIT.value, **losses}))
         return

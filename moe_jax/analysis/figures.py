@@ -61,7 +61,7 @@ def save_comparison(
     figure.savefig(str(path), dpi=120)
 
 
-def _figure(title: str, rows: int, columns: int) -> Figure:
+def _figure(title: str, rows: float, columns: int) -> Figure:
     figure = Figure(figsize=(5.5 * columns, 3.6 * rows), layout="constrained")
     figure.suptitle(title)
     return figure
@@ -130,3 +130,43 @@ def _draw_loads(axes: Sequence[Axes], records: Records, moe_layers: Sequence[int
         )  # fmt: skip
     for panel in axes[len(moe_layers) :]:
         panel.set_visible(False)
+
+
+def save_side_by_side(
+    curves: Mapping[str, Sequence[Records]],
+    tests: Mapping[str, Sequence[Mapping[str, float]]],
+    title: str,
+    path: epath.PathLike,
+) -> None:
+    """Draws two sides over seeds: validation loss by step, and the test gap of each domain.
+
+    Args:
+      curves: "moe" and "dense" -> records of one run per seed.
+      tests: "moe" and "dense" -> per seed, `eval/loss` and `eval/loss/<domain>`.
+      title: of the picture.
+      path: PNG to write.
+    """
+    figure = _figure(title, rows=1.3, columns=2)
+    left, right = figure.subplots(1, 2)
+    for side, color in (("moe", SPARSE), ("dense", DENSE)):
+        for seed, records in enumerate(curves[side]):
+            held_out = [(r["step"], r["eval/loss"]) for r in records if "eval/loss" in r]
+            left.plot(
+                *zip(*held_out, strict=True), "o-", color=color, linewidth=1, markersize=3,
+                label={"moe": "MoE", "dense": "dense twin"}[side] if seed == 0 else None,
+            )  # fmt: skip
+    left.set(xlabel="step", ylabel="validation loss (nats per byte)", title="One line per seed")
+    left.legend()
+    domains = sorted(name for name in tests["moe"][0] if name.startswith("eval/loss/"))
+    losses = {side: np.array([[t[d] for d in domains] for t in tests[side]]) for side in tests}
+    gap = losses["dense"].mean(axis=0) - losses["moe"].mean(axis=0)
+    error = np.sqrt(sum(values.var(axis=0, ddof=1) / len(values) for values in losses.values()))
+    order = np.argsort(gap)
+    names = [domains[i].removeprefix("eval/loss/") for i in order]
+    right.barh(names, gap[order], xerr=2 * error[order], color=SPARSE, ecolor=NEUTRAL)
+    right.axvline(0, color=NEUTRAL, linewidth=1)
+    right.set(
+        xlabel="dense - MoE test loss (nats per byte), bars of 2 standard errors",
+        title="Where the experts help",
+    )
+    figure.savefig(str(path), dpi=120)

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.data.tokenizers import BOS, PAD, ByteTokenizer
+from moe_jax.data.tokenizers import ByteTokenizer
 from moe_jax.decoding.sampling import Sampling, generate, left_padded
 from moe_jax.errors import UserError
 from moe_jax.models.decoder_lm import DecoderLM
@@ -38,7 +38,7 @@ def continue_texts(
     """
     sampling.validate(model.config.vocab_size)
     tokenizer = ByteTokenizer()
-    encoded = [np.concatenate([[BOS], tokenizer.encode(prompt)]) for prompt in prompts]
+    encoded = [np.concatenate([[tokenizer.BOS], tokenizer.encode(prompt)]) for prompt in prompts]
     longest = max(map(len, encoded))
     if longest + new_tokens - 1 > model.config.max_length:
         raise UserError(
@@ -47,7 +47,7 @@ def continue_texts(
             f"{model.config.max_length - longest + 1} or shorten the prompt."
         )
     rows = -len(prompts) % axis_size(mesh, TOKEN_AXES)
-    tokens, mask = left_padded(encoded + encoded[:1] * rows, PAD)
+    tokens, mask = left_padded(encoded + encoded[:1] * rows, tokenizer.PAD)
     sharding = NamedSharding(mesh, PartitionSpec(TOKEN_AXES))
     definition, parameters = nnx.split(model)
 

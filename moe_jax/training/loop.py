@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from moe_jax import configuration
 from moe_jax.analysis import figures
-from moe_jax.data.pipelines import HeldOutRows, TrainingRows
+from moe_jax.data.pipelines import TextPipeline
 from moe_jax.errors import UserError
 from moe_jax.models.definition import ModelDefinition
 from moe_jax.parallel.mesh import TOKEN_AXES, force_host_devices, make_mesh
@@ -117,25 +117,26 @@ class Run:
 class Evaluator:
     """Held-out loss of a run, in total and per domain."""
 
-    def __init__(self, run: Run, rows: HeldOutRows) -> None:
-        self._run, self._rows = run, rows
-        step = evaluation_step(run.definition, run.config.task, len(rows.domains))
+    def __init__(self, run: Run, data: TextPipeline, split: str, batches: int) -> None:
+        self._run, self._domains = run, data.domains
+        self._batches = data.held_out_batches(split, batches)
+        step = evaluation_step(run.definition, run.config.task, len(data.domains))
         self._step = jax.jit(step)
 
     def __call__(self, parameters: Any) -> metrics.Record:
         """`eval/loss` in nats per token over all held-out tokens, and `eval/loss/<domain>`."""
-        batch_size = self._run.config.data.batch_size
-        losses = np.zeros(len(self._rows.domains))
-        tokens = np.zeros(len(self._rows.domains))
-        for index in range(self._rows.num_batches):
-            batch = self._run.put(
-                lambda start, stop, index=index: self._rows.rows(index, start, stop), batch_size
-            )
-            loss, count = jax.device_get(self._step(parameters, batch))
+        losses, tokens = np.zeros((2, len(self._domains)))
+        for batch in self._batches:
+
+            def rows(start: int, stop: int, batch: dict = batch) -> dict[str, np.ndarray]:
+                return {name: values[start:stop] for name, values in batch.items()}
+
+            placed = self._run.put(rows, self._run.config.data.batch_size)
+            loss, count = jax.device_get(self._step(parameters, placed))
             losses += loss
             tokens += count
         record = {"eval/loss": float(losses.sum() / tokens.sum())}
-        for name, loss, count in zip(self._rows.domains, losses, tokens, strict=True):
+        for name, loss, count in zip(self._domains, losses, tokens, strict=True):
             if count:
                 record[f"eval/loss/{name}"] = float(loss / count)
         return record
@@ -163,15 +164,15 @@ def train(
     """
     run = Run.build(config)
     workdir = epath.Path(workdir)
-    rows = TrainingRows.open(config.data, config.seed)
-    held_out = HeldOutRows.open(config.data, "validation", config.evaluation.batches)
+    data = TextPipeline(config.data, config.seed)
+    evaluate = Evaluator(run, data, "validation", config.evaluation.batches)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, on_stage)
     with jax.set_mesh(run.mesh):
         if (workdir / experiment.CONFIG_FILE).exists():
             experiment.check_continues(workdir, config)
         step = checkpoints.newest_good() or 0
         state = run.restore(checkpoints, step) if step else run.initial_state()
-        _write_config(run, workdir, rows)
+        _write_config(run, workdir, data)
         logging.info(
             "%s %s on %s; mesh %s; %s",
             "Continuing from step" if step else "Starting at step",
@@ -180,20 +181,20 @@ def train(
             config.mesh,
             workdir,
         )
-        _Loop(run, rows, Evaluator(run, held_out), checkpoints, workdir).go(state, step)
+        _Loop(run, data, evaluate, checkpoints, workdir).go(state, step)
     records = metrics.read(workdir)
     figures.save_run_report(records, config.model.moe_layers, str(workdir), workdir / "report.png")
     return records
 
 
-def _write_config(run: Run, workdir: epath.Path, rows: TrainingRows) -> None:
+def _write_config(run: Run, workdir: epath.Path, data: TextPipeline) -> None:
     record = {
         "config": configuration.encode(run.config),
         "dataset": {
             "name": run.config.data.dataset,
-            "sha256": rows.sha256,
-            "train_tokens": rows.num_tokens,
-            "unigram_entropy": rows.unigram_entropy(),
+            "sha256": data.train.sha256,
+            "train_tokens": data.rows_per_epoch * run.config.data.sequence_length,
+            "unigram_entropy": data.train.unigram_entropy(),
         },
         **provenance.record(),
     }
@@ -209,12 +210,12 @@ class _Loop:
     def __init__(
         self,
         run: Run,
-        rows: TrainingRows,
+        data: TextPipeline,
         evaluate: Evaluator,
         checkpoints: Checkpoints,
         workdir: epath.Path,
     ) -> None:
-        self.run, self.rows, self.evaluate = run, rows, evaluate
+        self.run, self.data, self.evaluate = run, data, evaluate
         self.checkpoints, self.workdir = checkpoints, workdir
         config = run.config
         step = train_step(
@@ -264,7 +265,7 @@ class _Loop:
 
     def _batch(self, step: int) -> dict[str, Any]:
         batch_size = self.run.config.data.batch_size
-        return self.run.put(lambda first, last: self.rows.rows(step - 1, first, last), batch_size)
+        return self.run.put(lambda first, last: self.data.rows(step - 1, first, last), batch_size)
 
     def _due(self, step: int) -> bool:
         config = self.run.config

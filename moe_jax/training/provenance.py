@@ -1,6 +1,8 @@
 """Where a result comes from: versions, commit, devices."""
 
+import os
 import pathlib
+import platform
 import subprocess
 import sys
 from importlib import metadata
@@ -48,3 +50,14 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changed else "")
+
+
+def machine() -> str:
+    """The processor and its cores in words, and the accelerator if there is one."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    cores = f"{os.cpu_count()} cores of {model}"
+    return cores if jax.default_backend() == "cpu" else f"{devices()} and {cores}"
