@@ -6,10 +6,11 @@ Both runs continue where they stopped when the command is given again.
 """
 
 import dataclasses
+import logging
 import math
 
 import jax
-from absl import flags, logging
+from absl import flags
 from etils import epath
 
 from moe_jax import command_line
@@ -24,6 +25,7 @@ from moe_jax.training.trained import Trained
 _CONFIG = command_line.define_config("configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the two runs.")
 _STEPS = flags.DEFINE_integer("steps", None, "Steps of each run; default: the config's.")
+_LOG = logging.getLogger("moe_jax.quickstart")
 _PROMPT = "def read_file(path):\n"
 
 
@@ -39,7 +41,7 @@ def main() -> None:
     runs = {"moe": sparse, "dense": dense}
     records = {}
     for name, config in runs.items():
-        logging.info("== %s: %d steps in %s", name, config.steps, workdir / name)
+        _LOG.info("== %s: %d steps in %s", name, config.steps, workdir / name)
         records[name] = loop.train(config, workdir / name)
 
     _print_sample(workdir / "moe")
@@ -69,7 +71,7 @@ def _mesh_for_this_machine(config: MeshConfig) -> MeshConfig:
     expert = math.gcd(config.expert, jax.device_count())
     data = math.gcd(config.data, jax.device_count() // expert)
     mesh = dataclasses.replace(config, data=data, expert=expert, model=1)
-    logging.info("mesh %s instead of %s: %s", mesh, config, provenance.devices())
+    _LOG.info("mesh %s instead of %s: %s", mesh, config, provenance.devices())
     return mesh
 
 

@@ -1,14 +1,17 @@
 """What the scripts in experiments/ share: the --config flag, one-sentence errors, JSON output."""
 
 import difflib
+import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from moe_jax.errors import UserError
@@ -31,7 +34,11 @@ def experiment(config: Any) -> Experiment:
     Raises:
       UserError: no file was named, or its get_config returns something else.
     """
-    if not isinstance(config, Experiment):
+    try:
+        is_config = hasattr(config, "steps") and isinstance(config, Experiment)
+    except OSError as error:  # ml_collections complains at the first access to a field only.
+        raise UserError(f"--config: {_sentence(str(error))}") from error
+    if not is_config:
         raise UserError(
             f"--config gives {config!r}; name a file whose get_config() returns an Experiment, "
             "such as --config=configs/quickstart.py."
@@ -45,11 +52,17 @@ def run(main: Callable[[], None]) -> None:
     Exit status: 0 done, or stopped by SIGTERM after saving; 130 stopped by Ctrl-C after saving;
     2 the user asked for something impossible.
     """
-    logging.set_verbosity(logging.INFO)
-    logging.use_absl_handler()
-    logging.get_absl_handler().setFormatter(logging.PythonFormatter("%(message)s"))
+    report_to_user(lambda: app.run(lambda argv: _main(main, argv), flags_parser=parse_flags))
+
+
+def report_to_user(main: Callable[[], None]) -> None:
+    """Calls `main`, with our log on stderr; ends the process as `run` says."""
+    absl_logging.use_absl_handler()
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("moe_jax").setLevel(logging.INFO)  # Ours speaks, the libraries only warn.
     try:
-        app.run(lambda argv: _main(main, argv), flags_parser=_parse_flags)
+        main()
     except UserError as error:
         _stop(str(error), USER_ERROR_STATUS)
     except Interrupted as stopped:
@@ -72,10 +85,14 @@ def _stop(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser, with every complaint turned into one sentence."""
+def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """absl's parser, with every complaint turned into one sentence.
+
+    Raises:
+      UserError: an unknown flag or config field, a missing flag, or a value of the wrong type.
+    """
     try:
-        return flags.FLAGS(list(argv))
+        return values(list(argv))
     except flags.Error as error:
         raise UserError(_sentence(str(error))) from error
     except (KeyError, AttributeError) as error:
@@ -85,7 +102,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _sentence(message: str) -> str:
-    return " ".join(message.split()).rstrip(".") + "."
+    """absl writes in several lines and sentences, such as 'Unknown flag x. Did you mean: y ?'."""
+    message = " ".join(message.split()).rstrip(".")
+    return re.sub(r"\. Did you mean: (.*?) \?", r"; did you mean \1", message) + "."
 
 
 def _unknown_field(argv: Sequence[str]) -> str:

@@ -4,6 +4,9 @@ import os
 import pathlib
 
 import jax
+import pytest
+
+from moe_jax.data.sources import prepare_dataset
 
 # Before the backend starts: configuration, not environment, so that subprocesses choose their own.
 jax.config.update("jax_platforms", "cpu")
@@ -13,3 +16,11 @@ jax.config.update(
     "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder in which python_library is prepared once per session."""
+    folder = tmp_path_factory.mktemp("tensorflow_datasets")
+    prepare_dataset("python_library", str(folder))
+    return str(folder)

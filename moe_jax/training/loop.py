@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import signal
 import sys
 import time
@@ -12,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -34,6 +34,8 @@ from moe_jax.training.state import (
     state_shardings,
 )
 from moe_jax.training.step import evaluation_step, train_step
+
+_LOG = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error.
@@ -173,7 +175,7 @@ def train(
         step = checkpoints.newest_good() or 0
         state = run.restore(checkpoints, step) if step else run.initial_state()
         _write_config(run, workdir, data)
-        logging.info(
+        _LOG.info(
             "%s %s on %s; mesh %s; %s",
             "Continuing from step" if step else "Starting at step",
             step,
@@ -294,7 +296,7 @@ class _Loop:
         if step_metrics is None or bool(step_metrics["finite"]):
             return
         if self.run.config.skip_nonfinite:
-            logging.warning("step %d: loss or gradient is not finite; its update is skipped", step)
+            _LOG.warning("step %d: loss or gradient is not finite; its update is skipped", step)
             return
         record = metrics.training_record(
             jax.device_get(step_metrics), self.run.config.model.moe_layers
@@ -302,7 +304,7 @@ class _Loop:
         shown = {name: value for name, value in record.items() if not isinstance(value, list)}
         raise UserError(
             f"step {step}: the loss or a gradient is not finite ({json.dumps(shown)}); the last "
-            f"good checkpoint is step {self.last_good} in {self.checkpoints.directory}; lower "
+            f"good checkpoint is step {self.last_good} in {self.workdir / 'checkpoints'}; lower "
             "optimizer.learning_rate, or set skip_nonfinite=true to drop such updates."
         )
 

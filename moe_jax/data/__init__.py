@@ -1,0 +1,1 @@
+"""Text in, rows of tokens out: builders, tokenizers, packing and the training order."""

@@ -1,0 +1,247 @@
+"""A dataset as streams of tokens on disk, one per domain, cut into rows of equal length.
+
+Axis letters: L sequence length.
+
+The examples of a domain are tokenised once and joined with EOS into one stream. Row i is tokens
+`i*L` to `i*L + L` of its stream, both included: neighbours share a token, so that with inputs
+`row[:-1]` and targets `row[1:]` every token but the first is predicted once. The stream does not
+depend on L, so every sequence length uses the same files.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+
+from moe_jax.data.sources import OpenedDataset
+from moe_jax.data.tokenizers import ByteTokenizer
+from moe_jax.errors import UserError
+
+_INDEX = "index.json"
+_TOKEN = np.dtype("<u2")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """An entry of the index."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+class PackedText(Mapping[str, np.ndarray]):
+    """The rows of every domain, sorted by domain: domain -> uint16 [rows, L + 1], memory-mapped.
+
+    Attributes:
+        sha256: Of all domains' names and tokens, as hexadecimal digits.
+        num_tokens: Tokens that the rows predict, over all domains.
+        dropped_tokens: Tokens at the ends of streams that fill no row.
+    """
+
+    def __init__(self, directory: pathlib.Path, sequence_length: int) -> None:
+        """Opens packed streams.
+
+        Args:
+            directory: What `pack` returned.
+            sequence_length: L, tokens to predict in a row.
+
+        Raises:
+            UserError: A file is missing or has the wrong size.
+        """
+        try:
+            index = json.loads((directory / _INDEX).read_text())
+        except (OSError, ValueError) as error:
+            raise _damaged(directory, f"{_INDEX} cannot be read") from error
+        streams = {domain: _Stream(**entry) for domain, entry in index["streams"].items()}
+        self.sha256: str = index["sha256"]
+        self._rows: dict[str, np.ndarray] = {}
+        self.dropped_tokens = 0
+        for domain, stream in streams.items():
+            tokens = _open_stream(directory, stream)
+            num_rows = (len(tokens) - 1) // sequence_length
+            if num_rows:
+                windows = np.lib.stride_tricks.sliding_window_view(tokens, sequence_length + 1)
+                self._rows[domain] = windows[::sequence_length]
+            else:
+                self._rows[domain] = np.empty((0, sequence_length + 1), _TOKEN)
+            self.dropped_tokens += len(tokens) - num_rows * sequence_length - 1
+        self.num_tokens = sum(rows[:, 1:].size for rows in self._rows.values())
+
+    def __getitem__(self, domain: str) -> np.ndarray:
+        return self._rows[domain]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def unigram_entropy(self) -> float:
+        """The entropy of the targets' distribution, in nats per token.
+
+        No model that ignores the context has a lower loss.
+        """
+        counts = np.zeros(np.iinfo(_TOKEN).max + 1, np.int64)
+        for rows in self._rows.values():
+            # bincount makes 8-byte integers of its argument: 4096 rows at a time.
+            for start in range(0, len(rows), 4096):
+                counts += np.bincount(rows[start : start + 4096, 1:].ravel(), minlength=len(counts))
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
+
+
+def pack(
+    dataset: OpenedDataset,
+    tokenizer: ByteTokenizer,
+    text_feature: str,
+    domain_feature: str,
+    cache: pathlib.Path,
+) -> pathlib.Path:
+    """Tokenises `dataset` into `cache`, unless that was done before, and returns the folder.
+
+    The folder's name is a hash of the dataset's name, split and files, of the features and of the
+    tokenizer. It appears by one rename when it is complete, so that processes may pack at once.
+
+    Args:
+        dataset: An opened split.
+        tokenizer: Turns each example's text into tokens.
+        text_feature: The feature that holds the text.
+        domain_feature: The feature that labels it, of strings or classes; empty for one domain
+            named after the dataset.
+        cache: The folder for packed text.
+
+    Raises:
+        UserError: A feature is missing, a text is not UTF-8, a record cannot be read, or `cache`
+            cannot be written.
+    """
+    _check_features(dataset, text_feature, domain_feature)
+    identity = {
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "examples": len(dataset.examples),
+        "files": dict(dataset.file_sha256),
+        "text_feature": text_feature,
+        "domain_feature": domain_feature,
+        "tokenizer": tokenizer.NAME,
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    packed = cache / digest[:16]
+    if packed.exists():
+        return packed
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temporary:
+            folder = pathlib.Path(temporary)
+            streams = _write_streams(dataset, tokenizer, text_feature, domain_feature, folder)
+            index = {"identity": identity, "sha256": _total_sha256(streams)}
+            index["streams"] = {name: dataclasses.asdict(entry) for name, entry in streams.items()}
+            (folder / _INDEX).write_text(json.dumps(index, indent=1))
+            _rename_unless_there(folder, packed)
+    except OSError as error:
+        raise UserError(
+            f"packed text of {dataset.name!r} cannot be written to {str(cache)!r} "
+            f"({error.strerror}); choose a data_dir with room that you may write to."
+        ) from error
+    return packed
+
+
+def _check_features(dataset: OpenedDataset, text_feature: str, domain_feature: str) -> None:
+    for field, feature in (("text_feature", text_feature), ("domain_feature", domain_feature)):
+        if feature not in dataset.features and (feature or field == "text_feature"):
+            hint = "; the empty string makes it one domain" if field == "domain_feature" else ""
+            raise UserError(
+                f"{field}={feature!r} is not a feature of {dataset.name!r}, which has "
+                f"{', '.join(dataset.features)}{hint}."
+            )
+    if not isinstance(dataset.features[text_feature], tfds.features.Text):
+        raise UserError(f"text_feature={text_feature!r} of {dataset.name!r} does not hold text.")
+
+
+def _write_streams(
+    dataset: OpenedDataset,
+    tokenizer: ByteTokenizer,
+    text_feature: str,
+    domain_feature: str,
+    folder: pathlib.Path,
+) -> dict[str, _Stream]:
+    """Writes a file of tokens per domain; returns the index entries, sorted by domain."""
+    end = np.array([tokenizer.EOS], _TOKEN).tobytes()
+    lengths: collections.Counter[str] = collections.Counter()
+    digests: dict[str, Any] = {}
+    files: dict[str, IO[bytes]] = {}
+    title = f"Packing {dataset.name} {dataset.split}"
+    with contextlib.ExitStack() as stack:
+        # A bar only for a corpus that takes longer than 2 s.
+        progress = tqdm.tqdm(dataset, title, len(dataset.examples), unit="example", delay=2)
+        for number, example in enumerate(progress):
+            domain = _domain(dataset, example, domain_feature)
+            where = f"example {number} (domain {domain!r}) of {dataset.name!r} {dataset.split}"
+            tokens = tokenizer.encode(_as_bytes(example[text_feature]), where)
+            content = tokens.astype(_TOKEN).tobytes() + end
+            if domain not in files:
+                # Numbered, because a domain's name need not be a file's.
+                path = folder / f"stream_{len(files):05d}.uint16"
+                files[domain] = stack.enter_context(path.open("wb"))
+                digests[domain] = hashlib.sha256()
+            files[domain].write(content)
+            digests[domain].update(content)
+            lengths[domain] += len(content) // _TOKEN.itemsize
+    return {
+        domain: _Stream(
+            pathlib.Path(files[domain].name).name, lengths[domain], digests[domain].hexdigest()
+        )
+        for domain in sorted(files)
+    }
+
+
+def _as_bytes(text: str | bytes) -> str | bytes:
+    """TFDS returns bytes from files and strings from its mocks; neither may be a NumPy scalar."""
+    return text if isinstance(text, str) else bytes(text)
+
+
+def _domain(dataset: OpenedDataset, example: Mapping[str, Any], feature: str) -> str:
+    if not feature:
+        return dataset.name.partition("/")[0]
+    label = example[feature]
+    if isinstance(dataset.features[feature], tfds.features.ClassLabel):
+        return dataset.features[feature].int2str(int(label))
+    return label.decode() if isinstance(label, bytes) else str(label)
+
+
+def _total_sha256(streams: Mapping[str, _Stream]) -> str:
+    listing = json.dumps([[domain, streams[domain].sha256] for domain in sorted(streams)])
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _rename_unless_there(folder: pathlib.Path, packed: pathlib.Path) -> None:
+    folder.chmod(0o755)  # Temporary folders are private; the cache may be shared.
+    try:
+        os.rename(folder, packed)
+    except OSError:
+        if not packed.exists():  # Otherwise another process has packed the same text.
+            raise
+
+
+def _open_stream(directory: pathlib.Path, stream: _Stream) -> np.ndarray:
+    path = directory / stream.file
+    if not path.exists() or path.stat().st_size != stream.tokens * _TOKEN.itemsize:
+        raise _damaged(directory, f"{stream.file} does not hold {stream.tokens} tokens")
+    return np.memmap(path, _TOKEN, mode="r")
+
+
+def _damaged(directory: pathlib.Path, reason: str) -> UserError:
+    return UserError(
+        f"the packed text in {str(directory)!r} is damaged ({reason}); delete that folder and it "
+        "is made again."
+    )

@@ -1,0 +1,103 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from moe_jax.analysis.accounting import dense_twin, of_decoder_lm, statistics_bytes_per_layer
+from moe_jax.errors import UserError
+from moe_jax.layers.mode import Mode
+from moe_jax.layers.moe import MoEConfig
+from moe_jax.models.decoder_lm import DecoderLMConfig
+from moe_jax.models.definition import ModelDefinition
+from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.token_choice import TopK
+
+V, P, D, F, H, E, L = 10, 7, 4, 6, 2 * 3, 5, 3
+TINY = DecoderLMConfig(
+    vocab_size=V, max_length=P, num_layers=2, width=D, num_heads=2, head_width=3, mlp_width=F,
+    num_experts=E, moe_every=2, moe=MoEConfig(TopK(k=1), Capacity(1.25), group_size=8),
+)  # fmt: skip
+ATTENTION, MLP = 4 * D * H, 2 * D * F  # Parameters of one layer's.
+
+
+def test_parameters_by_hand():
+    norms = (2 * 2 + 1) * D
+    expected = (V + P) * D + norms + 2 * ATTENTION + MLP + (D * E + E * MLP)
+    counted = of_decoder_lm(TINY, L)
+    assert counted.parameters == expected
+    assert counted.activated_parameters == expected - (E - 1) * MLP
+
+
+def test_parameters_equal_the_built_model():
+    built = jax.jit(lambda: nnx.state(TINY.build(jax.random.key(0))))()
+    sizes = [leaf.size for leaf in jax.tree.leaves(built)]
+    assert sum(sizes) == of_decoder_lm(TINY, L).parameters
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_flops_by_hand(k):
+    config = dataclasses.replace(TINY, moe=dataclasses.replace(TINY.moe, router=TopK(k=k)))
+    counted = of_decoder_lm(config, L)
+    shared = 2 * (2 * ATTENTION + MLP + V * D)
+    # A token at position i attends to i + 1 others: 1 + 2 + 3 scores over 3 tokens is 2 each,
+    # at 2 H for q k and 2 H for the weighted values, in 2 layers.
+    assert counted.algorithmic_flops == shared + 2 * 4 * H * 2 + 2 * MLP * k
+    # 8 tokens * k * 1.25 / 5 experts = 2 k slots: 10 k rows for 8 tokens.
+    rows = 10 * k / 8
+    assert counted.executed_flops == pytest.approx(
+        shared + 2 * 4 * H * L + 2 * MLP * rows + 2 * D * E
+    )
+
+
+def test_executed_flops_equal_what_xla_counts():
+    config = DecoderLMConfig(
+        num_layers=2,
+        width=128,
+        num_heads=4,
+        head_width=32,
+        mlp_width=512,
+        num_experts=8,
+        moe=MoEConfig(group_size=64),
+        unroll=True,
+    )
+    batch, length = 4, 64
+    definition = ModelDefinition.of(config)
+
+    def forward(parameters, tokens):
+        logits, report, _ = definition.merge(parameters)(tokens, None, Mode.TRAIN)
+        return logits, report
+
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    compiled = jax.jit(forward).lower(definition.shapes, tokens).compile()
+    counted = compiled.cost_analysis()["flops"] / (batch * length)
+    # XLA also counts every elementwise operation (norms, softmax, relu, masks) and the router's
+    # one-hot sums; products are all of ours.
+    assert 1.0 <= counted / of_decoder_lm(config, length).executed_flops < 1.03
+
+
+def test_the_dense_twin_has_equal_algorithmic_flops():
+    sparse, dense = of_decoder_lm(TINY, L), of_decoder_lm(dense_twin(TINY), L)
+    assert dense.algorithmic_flops == sparse.algorithmic_flops
+    assert dense.executed_flops < sparse.executed_flops
+    assert dense.parameters == dense.activated_parameters
+    assert dense.parameters == sparse.activated_parameters - D * E  # The router.
+
+
+def test_a_twin_of_two_choices_is_refused():
+    config = dataclasses.replace(TINY, moe=MoEConfig(TopK(k=2)))
+    with pytest.raises(UserError, match="router.k is 2; a dense twin of equal FLOPs needs k=1"):
+        dense_twin(config)
+
+
+def test_counting_does_not_build_the_model():
+    # 64 experts of 12 layers of width 4096: 200 GB if anything were allocated.
+    large = DecoderLMConfig(num_layers=24, width=4096, mlp_width=16384, num_experts=64)
+    assert of_decoder_lm(large, 256).parameters > 12 * 64 * math.prod((2, 4096, 16384))
+
+
+def test_statistics_bytes():
+    # Load 8 + 1; dropped, entropy, logsumexp, and two losses: 2 each; float32.
+    assert statistics_bytes_per_layer(8) == 4 * 19

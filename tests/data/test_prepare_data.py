@@ -1,0 +1,43 @@
+import os
+import pathlib
+import subprocess
+import sys
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "prepare_data.py"
+
+
+def _run(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_prints_the_domains_and_where_they_are(tmp_path):
+    result = _run("--dataset=python_library", f"--data_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    first, *domains, digest, place = result.stdout.splitlines()
+    assert first.split() == ["domain", "MB", "documents"]
+    assert {"asyncio", "modules", "total"} <= {line.split()[0] for line in domains}
+    assert len(digest.split()[-1]) == 64
+    assert place == f"prepared in: {tmp_path}/python_library/1.0.0"
+
+
+def test_an_unknown_dataset_is_one_sentence():
+    result = _run("--dataset=wikipedia")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "dataset='wikipedia' cannot be prepared; valid are python_library, debian_text.\n"
+    )
+
+
+def test_without_apt_the_message_names_a_dataset_that_works(tmp_path):
+    result = _run("--dataset=debian_text", f"--data_dir={tmp_path}", PATH=str(tmp_path))
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
+        "dataset=debian_text needs the command 'apt-get', which this machine lacks; "
+        "dataset=python_library needs no download and works here."
+    )

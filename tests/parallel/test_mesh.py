@@ -1,0 +1,64 @@
+import jax
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.parallel.mesh import (
+    AXES,
+    MeshConfig,
+    force_host_devices,
+    make_mesh,
+    mesh_in_force,
+    parse_mesh,
+)
+
+
+def test_make_mesh():
+    mesh = make_mesh(MeshConfig(data=2, expert=3))
+    assert dict(mesh.shape) == {"data": 2, "expert": 3, "model": 1}
+    assert list(mesh.devices.flat) == jax.devices()[:6]
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def test_a_mesh_larger_than_the_devices_is_an_error():
+    with pytest.raises(
+        UserError,
+        match=r"mesh data=3 x expert=4 x model=1 needs 12 devices but there are 8 \(cpu\); lower "
+        r"the mesh or raise mesh.host_devices",
+    ):
+        make_mesh(MeshConfig(data=3, expert=4))
+
+
+def test_mesh_in_force():
+    assert mesh_in_force().size == 1
+    with jax.set_mesh(make_mesh(MeshConfig(expert=4))):
+        assert mesh_in_force().shape["expert"] == 4
+
+
+def test_host_devices_cannot_change_once_jax_runs():
+    assert jax.device_count() == 8
+    force_host_devices(8)  # What is there already.
+    with pytest.raises(UserError, match=r"mesh.host_devices is 4, but JAX.*8 devices; set it"):
+        force_host_devices(4)
+
+
+def test_sizes():
+    config = MeshConfig(data=2, expert=3, model=4)
+    assert (config.size, config.token_shards) == (24, 6)
+
+
+@pytest.mark.parametrize("name", [*AXES, "host_devices"])
+def test_an_axis_without_devices_is_an_error(name):
+    with pytest.raises(UserError, match=f"mesh.{name} is 0; it must be at least 1 device"):
+        MeshConfig(**{name: 0}).validate()
+
+
+def test_parse_mesh():
+    config = MeshConfig(data=8, model=7, fsdp_min_size=5)
+    assert parse_mesh("", config) is config
+    assert parse_mesh("data:2,expert:4", config) == MeshConfig(2, 4, 1, fsdp_min_size=5)
+
+
+@pytest.mark.parametrize("text", ["data", "data:x", "rows:2", "data:2;expert:4", "data:-1", ","])
+def test_an_unreadable_mesh_is_an_error(text):
+    with pytest.raises(UserError, match=f"--mesh is '{text}'; write it as data:2,expert:4"):
+        parse_mesh(text, MeshConfig())

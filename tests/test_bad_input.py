@@ -1,0 +1,154 @@
+"""What the user reads when something is wrong: one sentence, with field, value and remedy."""
+
+import pathlib
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from moe_jax import command_line
+from moe_jax.errors import UserError
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.training import experiment, loop
+from tests.tiny import tiny_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+
+
+def parse(*arguments: str):
+    """The config that a script with --config sees."""
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values)
+    flags.DEFINE_integer("steps", None, "", flag_values=values)
+    argv = ["script", *arguments]
+    with mock.patch.object(sys, "argv", argv):  # Where ml_collections looks for overrides.
+        command_line.parse_flags(argv, values)
+    return config.value
+
+
+def one_sentence(message: str) -> bool:
+    return "\n" not in message and message.endswith(".") and message.count(". ") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([f"--config={QUICKSTART}", "--stepz=3"], ["stepz", "steps"]),
+        ([f"--config={QUICKSTART}", "--steps=ten"], ["steps", "ten"]),
+        (
+            [f"--config={QUICKSTART}", "--config.model.widht=64"],
+            ["--config.model.widht", "widht", "did you mean 'width'", "num_heads"],
+        ),
+        (
+            [f"--config={QUICKSTART}", "--config.model.moe.router.q=2"],
+            ["config.model.moe.router has no field 'q'", "jitter"],
+        ),
+        ([f"--config={QUICKSTART}", "--config.model.width=wide"], ["config.model.width", "wide"]),
+        ([f"--config={QUICKSTART}", "--config.model.width=1.5"], ["config.model.width", "1.5"]),
+        (
+            [f"--config={QUICKSTART}", "--config.model.dtype=float8"],
+            ["config.model.dtype", "float8", "float32", "bfloat16"],
+        ),
+        (["--config=configs/missing.py"], ["configs/missing.py"]),
+    ],
+)
+def test_command_line(arguments, words):
+    with pytest.raises(UserError) as error:
+        command_line.experiment(parse(*arguments))
+    for word in words:
+        assert word in str(error.value)
+    assert one_sentence(str(error.value)), error.value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("steps", 0, ["steps is 0", "at least 1"]),
+        ("steps", "many", ["config.steps is 'many'", "int"]),
+        ("model.num_experts", 6, ["model.num_experts is 6", "4 devices", "expert"]),
+        ("model.moe.router.k", 9, ["router.k is 9", "8 experts", "between 1 and"]),
+        ("model.moe.router.k", 0, ["router.k is 0", "8 experts"]),
+        ("model.moe.router", "Switch", ["config.model.moe.router is 'Switch'", "Router"]),
+        ("model.moe.capacity.train_factor", 0.0, ["train_factor is 0.0", "zero capacity", "1.25"]),
+        ("model.moe.group_size", 600, ["moe.group_size is 600", "8192 tokens", "divisor"]),
+        ("model.moe.group_size", 4096, ["2 groups", "4096", "8 shards", "smaller group_size"]),
+        ("mesh.data", 64, ["mesh data=64", "256 devices", "there are 8", "mesh.host_devices"]),
+        ("mesh.expert", 0, ["mesh.expert is 0", "at least 1"]),
+        ("data.batch_size", 63, ["data.batch_size is 63", "8 devices", "data x expert"]),
+        ("data.sequence_length", 256, ["data.sequence_length is 256", "128", "max_length"]),
+        ("model.vocab_size", 200, ["model.vocab_size is 200", "259"]),
+        ("model.num_layers", 3, ["model.moe_every is 2", "num_layers=3", "divisor"]),
+        ("optimizer.learning_rate", 0.0, ["learning_rate is 0.0", "above 0"]),
+        ("optimizer.warmup_steps", 0, ["warmup_steps is 0", "at least 1"]),
+        ("data.dataset", "wikipedia", ["wikipedia", "python_library", "TensorFlow"]),
+        ("data.dataset", "./nowhere", ["./nowhere", "dataset_info.json"]),
+    ],
+)
+def test_config(field, value, words, tmp_path):
+    config = parse(f"--config={QUICKSTART}")
+    owner = config
+    *path, name = field.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, name, value)
+    if field == "mesh.data":  # More rows and groups, so that only the devices are too few.
+        config.data.batch_size, config.model.moe.group_size = 256, 128
+    with pytest.raises(UserError) as error:
+        loop.train(config, tmp_path)
+    for word in words:
+        assert word in str(error.value)
+    assert one_sentence(str(error.value)), error.value
+    assert not list(tmp_path.iterdir())
+
+
+def test_mesh_on_too_few_devices_names_their_kind():
+    config = parse(f"--config={QUICKSTART}").mesh
+    config.data = 16
+    with pytest.raises(
+        UserError, match=f"64 devices but there are 8 .{jax.devices()[0].device_kind}"
+    ):
+        make_mesh(config)
+
+
+def test_workdir_of_another_run(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    config.steps = 2
+    loop.train(config, tmp_path)
+    config.model.width, config.seed = 32, 5
+    with pytest.raises(UserError) as error:
+        loop.train(config, tmp_path)
+    for word in ["config.model.width (the run has 16, you ask for 32)", "config.seed", "--workdir"]:
+        assert word in str(error.value)
+
+
+def test_workdir_without_a_run(tmp_path):
+    with pytest.raises(UserError, match=r"has no config\.json; name the folder of a run"):
+        experiment.load(tmp_path)
+
+
+def test_a_script_prints_the_sentence_and_exits_with_2(tmp_path):
+    """The whole way: no traceback, nothing on stdout."""
+    command = [sys.executable, "experiments/train.py", f"--config={QUICKSTART}"]
+    command += [f"--workdir={tmp_path}", "--config.mesh.expert=3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("data.batch_size is 64, which the 6 devices")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_script_names_a_missing_flag():
+    done = subprocess.run(
+        [sys.executable, "experiments/train.py", f"--config={QUICKSTART}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "--workdir" in done.stderr
+    assert "Traceback" not in done.stderr

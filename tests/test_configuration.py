@@ -1,0 +1,131 @@
+import dataclasses
+import enum
+import json
+from typing import Protocol
+
+import pytest
+
+from configs import quickstart
+from moe_jax import configuration
+from moe_jax.errors import UserError
+from moe_jax.training.experiment import COMPONENTS
+
+
+class Color(enum.StrEnum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Shape(Protocol):
+    def area(self) -> float: ...
+
+
+@dataclasses.dataclass
+class Square:
+    side: float = 1.0
+
+    def area(self) -> float:
+        return self.side**2
+
+
+@dataclasses.dataclass
+class Circle:
+    radius: float = 1.0
+
+    def area(self) -> float:
+        return 3.14 * self.radius**2
+
+
+@dataclasses.dataclass
+class Paint:
+    color: Color = Color.RED
+    coats: int = 1
+
+
+@dataclasses.dataclass
+class Picture:
+    name: str = "untitled"
+    framed: bool = False
+    price: float = 0.5
+    shape: Shape = dataclasses.field(default_factory=Square)
+    paint: Paint = dataclasses.field(default_factory=Paint)
+    tags: tuple[str, ...] = ()
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+ALLOWED = (Picture, Square, Circle, Paint)
+
+
+def through_json(config):
+    return configuration.decode(json.loads(json.dumps(configuration.encode(config))), ALLOWED)
+
+
+def test_round_trip_keeps_swapped_components_enums_tuples_and_dicts():
+    picture = Picture(
+        name="é",
+        shape=Circle(2.5),
+        paint=Paint(Color.BLUE, 3),
+        tags=("a", "b"),
+        weights={"x": 0.1},
+    )
+    again = through_json(picture)
+    assert again == picture
+    assert again.paint.color is Color.BLUE
+    assert isinstance(again.shape, Circle)
+
+
+def test_the_quickstart_round_trips_and_is_valid():
+    config = quickstart.get_config()
+    config.validate()
+    tree = json.loads(json.dumps(configuration.encode(config)))
+    assert configuration.decode(tree, COMPONENTS) == config
+
+
+def test_an_unknown_type_is_never_built():
+    tree = {"type": "Popen", "args": ["rm"]}
+    with pytest.raises(UserError, match=r"config type 'Popen' is not one.*known are Picture, Sq"):
+        configuration.decode({"type": "Picture", "shape": tree}, ALLOWED)
+
+
+def test_an_unknown_field_is_named():
+    with pytest.raises(UserError, match=r"Paint has no field 'coat'; its fields are color, coats"):
+        configuration.decode({"type": "Paint", "coat": 2}, ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (Picture(name=3), "config.name is 3, of type int; it must be str"),
+        (Picture(framed=1), "config.framed is 1, of type int; it must be bool"),
+        (Picture(price="1"), "config.price is '1', of type str; it must be float"),
+        (Picture(price=True), "config.price is True, of type bool; it must be float"),
+        (Picture(paint=Paint(coats=1.0)), "config.paint.coats is 1.0, of type float"),
+        (Picture(paint=Paint(coats=True)), "config.paint.coats is True, of type bool"),
+        (Picture(paint=Paint(color="red")), "config.paint.color is 'red', of type str.*Color"),
+        (Picture(paint=Square()), r"config.paint is Square.*it must be Paint"),
+        (Picture(shape="square"), "config.shape is 'square', of type str; it must be Shape"),
+        (Picture(shape=Circle(radius="big")), "config.shape.radius is 'big'"),
+    ],
+)
+def test_a_wrong_type_is_named(picture, message):
+    with pytest.raises(UserError, match=message):
+        configuration.check_types(picture)
+
+
+def test_right_types_pass():
+    configuration.check_types(Picture(price=1, shape=Circle(), tags=("a",)))
+
+
+def test_differences_are_paths_with_both_values():
+    old, new = (
+        configuration.encode(picture)
+        for picture in (Picture(), Picture(price=2.0, shape=Circle(), tags=("a",)))
+    )
+    assert list(configuration.differences(old, old)) == []
+    assert set(map(str, configuration.differences(old, new))) == {
+        "('config.price', 0.5, 2.0)",
+        "('config.shape.type', 'Square', 'Circle')",
+        "('config.shape.side', 1.0, None)",
+        "('config.shape.radius', None, 1.0)",
+        "('config.tags', [], ['a'])",
+    }
