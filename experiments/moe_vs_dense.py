@@ -28,7 +28,7 @@ from moe_jax.errors import UserError
 from moe_jax.training import experiment, metrics, provenance
 from moe_jax.training.experiment import Experiment
 
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 SIDES = ("moe", "dense")
 

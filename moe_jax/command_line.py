@@ -73,7 +73,7 @@ def _main(main: Callable[[], None], argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; flags are written --name=value.")
     # A second run of the same model starts at once.
-    if not jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.path.expanduser("~/.cache/moe_jax/compiled")
         jax.config.update("jax_compilation_cache_dir", cache)
     main()

@@ -46,7 +46,7 @@ def of_decoder_lm(config: DecoderLMConfig, length: int) -> Accounting:
     dense = config.num_layers - sparse
     expert = 2 * config.width * config.mlp_width  # Parameters of one feed-forward network.
     heads = config.num_heads * config.head_width
-    shared = 2 * (
+    shared = 2.0 * (
         config.num_layers * 4 * config.width * heads
         + dense * expert
         + config.vocab_size * config.width

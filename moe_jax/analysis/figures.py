@@ -22,7 +22,7 @@ def save_run_report(
     axes = figure.subplots(1 + _heatmap_rows(moe_layers), 2, squeeze=False).ravel()
     _draw_loss(axes[0], {"this run": records}, {"this run": SPARSE})
     _draw_routing(axes[1], records, moe_layers)
-    _draw_loads(axes[2:], records, moe_layers)
+    _draw_loads(list(axes[2:]), records, moe_layers)
     figure.savefig(str(path), dpi=120)
 
 
@@ -57,7 +57,7 @@ def save_comparison(
         color=NEUTRAL, fontsize=8,
     )  # fmt: skip
     _draw_routing(axes[1], sparse, moe_layers)
-    _draw_loads(axes[2:], sparse, moe_layers)
+    _draw_loads(list(axes[2:]), sparse, moe_layers)
     figure.savefig(str(path), dpi=120)
 
 

@@ -83,8 +83,8 @@ def generate(
       [B, N] int32.
     """
     # The last token is drawn and never fed back, so it needs no place in the cache.
-    cache = model.empty_cache(tokens.shape[0], tokens.shape[1] + new_tokens - 1)
-    logits, _, cache = model(tokens, mask, Mode.DECODE, cache=cache)
+    empty = model.empty_cache(tokens.shape[0], tokens.shape[1] + new_tokens - 1)
+    logits, _, cache = model(tokens, mask, Mode.DECODE, cache=empty)
     first = draw(logits[:, -1], sampling, jax.random.fold_in(key, 0))
 
     def step(carry: tuple, index: jax.Array) -> tuple[tuple, jax.Array]:

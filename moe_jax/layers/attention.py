@@ -1,4 +1,4 @@
-"""Causal multi-head self-attention with an optional key-value cache.
+"""Causal multi-head self-attention with rotary positions and an optional key-value cache.
 
 Axis letters: B batch, L query length, M cache length, H heads, h head width, d width.
 """
@@ -11,6 +11,8 @@ from flax import nnx
 
 from moe_jax.layers.initializers import scaled_truncated_normal
 from moe_jax.parallel.sharding import constrain
+
+ROTARY_BASE = 10_000.0
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +46,8 @@ class CacheView:
 class Attention(nnx.Module):
     """softmax(q k / sqrt(h)) v over the token itself and earlier ones (Vaswani 2017), no biases.
 
+    Queries and keys are rotated by their positions (`rotate`), so a cache holds rotated keys.
+
     Attributes:
       qkv: [d, 3, H, h] float32.
       out: [H, h, d] float32.
@@ -63,6 +67,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
+        positions: jax.Array,
         mask: jax.Array | None,
         cache: KeyValues | None = None,
         view: CacheView | None = None,
@@ -71,6 +76,7 @@ class Attention(nnx.Module):
 
         Args:
           x: [B, L, d].
+          positions: [B, L] int32.
           mask: [B, L] bool, False for padding; None where there is none. Read without a cache only.
           cache: keys and values of earlier calls, and
           view: where this call stands in them.
@@ -81,6 +87,7 @@ class Attention(nnx.Module):
         dtype = x.dtype
         projected = jnp.einsum("bld,dnHh->nblHh", x, self.qkv[...].astype(dtype))
         query, key, value = (constrain(p, "batch", "length", "heads", "head") for p in projected)
+        query, key = rotate(query, positions), rotate(key, positions)
         if cache is not None and view is not None:
             keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, key, view.start, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(cache.values, value, view.start, axis=1)
@@ -94,6 +101,27 @@ class Attention(nnx.Module):
                 query, key, value, mask=readable, is_causal=True
             )
         return jnp.einsum("blHh,Hhd->bld", attended, self.out[...].astype(dtype)), cache
+
+
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021, eq. 34), pairing entry i with i + h/2.
+
+    The product of a rotated query and a rotated key depends on the difference of their positions.
+
+    Args:
+      x: [B, L, H, h], h even.
+      positions: [B, L] int32.
+
+    Returns:
+      [B, L, H, h] in the dtype of `x`; the rotation is computed in float32.
+    """
+    half = x.shape[-1] // 2
+    frequency = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, :, None, None] * frequency
+    sine, cosine = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def _cached_causal_mask(length: int, view: CacheView) -> jax.Array:

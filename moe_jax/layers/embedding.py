@@ -1,4 +1,4 @@
-"""Token and position embeddings; the token table is also the output projection."""
+"""Token embedding; its table is also the output projection."""
 
 import jax
 import jax.numpy as jnp
@@ -33,20 +33,3 @@ class TokenEmbedding(nnx.Module):
             self.table[...].astype(x.dtype),
             preferred_element_type=jnp.float32,
         )
-
-
-class PositionEmbedding(nnx.Module):
-    """Learned absolute positions.
-
-    Attributes:
-      table: [max_length, d] float32.
-    """
-
-    def __init__(self, max_length: int, width: int, key: jax.Array) -> None:
-        self.table = nnx.Param(
-            0.02 * jax.random.normal(key, (max_length, width)), axes=("positions", "embed")
-        )
-
-    def __call__(self, positions: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Positions [B, L] int32 to vectors [B, L, d]."""
-        return self.table[...].astype(dtype)[positions]

@@ -19,7 +19,7 @@ from flax import nnx
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import Attention, CacheView, KeyValues
 from moe_jax.layers.dropout import dropout
-from moe_jax.layers.embedding import PositionEmbedding, TokenEmbedding
+from moe_jax.layers.embedding import TokenEmbedding
 from moe_jax.layers.feed_forward import FeedForward
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, MoEReport, TokenInfo
@@ -48,7 +48,7 @@ class DecoderLMConfig:
 
     Attributes:
       vocab_size: V, at least the tokenizer's.
-      max_length: longest sequence; the size of the position table.
+      max_length: longest sequence the model is meant for, in training and decoding.
       num_layers: number of blocks; a multiple of `moe_every`.
       width: d.
       num_heads: attention heads.
@@ -93,13 +93,20 @@ class DecoderLMConfig:
 
     def validate(self) -> None:
         """Raises UserError for a model that could not be built."""
-        for name in ("vocab_size", "max_length", "num_layers", "width", "num_heads", "head_width"):
+        for name in (
+            "vocab_size", "max_length", "num_layers", "width", "num_heads", "head_width",
+            "mlp_width",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.moe_every < 0 or self.num_layers % max(self.moe_every, 1):
             raise UserError(
                 f"model.moe_every is {self.moe_every}, which does not divide "
                 f"model.num_layers={self.num_layers}; use a divisor, or 0 for a dense model."
+            )
+        if self.head_width % 2:
+            raise UserError(
+                f"model.head_width is {self.head_width}; rotary positions need an even width."
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1).")
@@ -165,7 +172,7 @@ class Block(nnx.Module):
         """[B, L, d] to [B, L, d]; also the updated cache, and a MoE's report."""
         attention_key, mlp_key, out_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         attended, cache = self.attention(
-            self.attention_norm(x), info.mask if padded else None, cache, view
+            self.attention_norm(x), info.positions, info.mask if padded else None, cache, view
         )
         x = x + dropout(attended, self.dropout, attention_key)
         normed = self.mlp_norm(x)
@@ -213,10 +220,9 @@ class DecoderLM(nnx.Module):
     """The language model."""
 
     def __init__(self, config: DecoderLMConfig, key: jax.Array) -> None:
-        token_key, position_key, period_key = jax.random.split(key, 3)
+        token_key, period_key = jax.random.split(key)
         self.config = nnx.static(config)
         self.tokens = TokenEmbedding(config.vocab_size, config.width, 1.0, token_key)
-        self.positions = PositionEmbedding(config.max_length, config.width, position_key)
         self.periods = nnx.vmap(functools.partial(Period, config))(
             jax.random.split(period_key, config.num_periods)
         )
@@ -244,7 +250,7 @@ class DecoderLM(nnx.Module):
           for a dense model); the cache after this call (None if there was none).
 
         Raises:
-          UserError: the sequence is longer than the position table.
+          UserError: the sequence is longer than `max_length`.
         """
         config: DecoderLMConfig = self.config
         dtype = jnp.dtype(config.dtype)
@@ -263,7 +269,7 @@ class DecoderLM(nnx.Module):
         info = _token_info(tokens, mask, cache)
         embed_key, period_key = (None,) * 2 if key is None else jax.random.split(key)
 
-        x = self.tokens(tokens, dtype) + self.positions(info.positions, dtype)
+        x = self.tokens(tokens, dtype)
         x = dropout(constrain(x, "batch", "length", "width"), config.dropout, embed_key)
         definition, parameters = nnx.split(self.periods)
 

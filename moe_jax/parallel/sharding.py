@@ -22,7 +22,6 @@ FSDP_AXES: dict[str, MeshAxes] = {"embed": TOKEN_AXES, "expert_embed": (DATA,)}
 MESH_AXES: dict[str, MeshAxes] = {
     **FSDP_AXES,
     "layers": None,  # The stacking axis of a repeated period.
-    "positions": None,
     "vocabulary": MODEL,
     "heads": MODEL,
     "head": None,

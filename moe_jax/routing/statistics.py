@@ -2,7 +2,7 @@
 
 Axis letters: S tokens in a group, K choices per token, E experts.
 
-Per layer and step this adds E + 9 floats to one all-reduce and about S * E * 4 operations per
+Per layer and step this adds E + 7 floats to one all-reduce and about S * E * 4 operations per
 group for the entropy and the counts, against S * d * f * 4 of the experts.
 """
 

@@ -25,6 +25,8 @@ class TopK:
     Attributes:
       k: experts per token.
       renormalize: divide the K gates by their sum (GShard: True, Switch: False).
+      gate_scale: multiplies the gates (DeepSeek-V2: 16, V3: 2.5, Switch: 1). A gate starts near 1/E,
+        so E lets an expert's output start as large as a dense layer's.
       jitter: epsilon of the multiplicative noise U(1 - epsilon, 1 + epsilon) on the router's input
         in training (Switch appendix C: 1e-2).
       load_balancing_weight: coefficient of `losses.load_balancing` (Switch: 1e-2).
@@ -33,6 +35,7 @@ class TopK:
 
     k: int = 1
     renormalize: bool = False
+    gate_scale: float = 1.0
     jitter: float = 0.0
     load_balancing_weight: float = 1e-2
     z_weight: float = 0.0
@@ -59,6 +62,8 @@ class TopK:
                 f"router.k is {self.k} but there are {num_experts} experts; "
                 f"choose k between 1 and num_experts."
             )
+        if not self.gate_scale > 0:
+            raise UserError(f"router.gate_scale is {self.gate_scale}; it must be above 0.")
         if not 0 <= self.jitter < 1:
             raise UserError(f"router.jitter is {self.jitter}; it must be in [0, 1).")
 
@@ -79,6 +84,7 @@ class TopK:
         gates, experts = jax.lax.top_k(probabilities, self.k)
         if self.renormalize:
             gates = gates / jnp.maximum(gates.sum(axis=-1, keepdims=True), 1e-9)
+        gates = self.gate_scale * gates
         slots = slots_in_token_order(experts, inputs.mask, num_experts, capacity)
         assignment = TokenChoice(experts, slots, gates, capacity)
         return Routing(

@@ -1,6 +1,7 @@
 """A run from its config: create or resume, train, evaluate, log, checkpoint, report."""
 
 import dataclasses
+import functools
 import json
 import logging
 import signal
@@ -99,21 +100,16 @@ class Run:
           count: rows of the global batch.
         """
         sharding = NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES))
-        blocks: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+        read = functools.cache(rows)  # Devices along `model` ask for the same rows.
 
-        def block(index: tuple[slice, ...], name: str) -> np.ndarray:
-            start, stop, _ = index[0].indices(count)
-            if (start, stop) not in blocks:
-                blocks[start, stop] = rows(start, stop)
-            return blocks[start, stop][name]
+        def global_array(name: str, example: np.ndarray) -> jax.Array:
+            def shard(index: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = index[0].indices(count)
+                return read(start, stop)[name]
 
-        example = rows(0, 1)
-        return {
-            name: jax.make_array_from_callback(
-                (count, *value.shape[1:]), sharding, lambda index, name=name: block(index, name)
-            )
-            for name, value in example.items()
-        }
+            return jax.make_array_from_callback((count, *example.shape[1:]), sharding, shard)
+
+        return {name: global_array(name, example) for name, example in rows(0, 1).items()}
 
 
 class Evaluator:

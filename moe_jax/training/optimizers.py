@@ -10,7 +10,7 @@ import optax
 from moe_jax.errors import UserError
 
 # Dimensions of a matrix that the forward pass multiplies with; scales and tables have none.
-_NOT_DECAYED = ("norm", "vocabulary", "positions")
+_NOT_DECAYED = ("norm", "vocabulary")
 
 
 class Schedule(enum.StrEnum):

@@ -18,13 +18,15 @@ from moe_jax.parallel.sharding import parameter_shardings
 class TrainState:
     """The state of a run after `step` steps; with the config it determines all that follows.
 
+    The same tree also holds shapes or shardings in place of the arrays.
+
     Attributes:
       step: [] int32, steps done.
       parameters: nested dict of float32 arrays.
       optimizer: optax state.
     """
 
-    step: jax.Array
+    step: Any
     parameters: Any
     optimizer: optax.OptState
 

@@ -15,9 +15,9 @@ from moe_jax.models.definition import ModelDefinition
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.token_choice import TopK
 
-V, P, D, F, H, E, L = 10, 7, 4, 6, 2 * 3, 5, 3
+V, D, F, H, E, L = 10, 4, 7, 3 * 2, 5, 3
 TINY = DecoderLMConfig(
-    vocab_size=V, max_length=P, num_layers=2, width=D, num_heads=2, head_width=3, mlp_width=F,
+    vocab_size=V, max_length=8, num_layers=2, width=D, num_heads=3, head_width=2, mlp_width=F,
     num_experts=E, moe_every=2, moe=MoEConfig(TopK(k=1), Capacity(1.25), group_size=8),
 )  # fmt: skip
 ATTENTION, MLP = 4 * D * H, 2 * D * F  # Parameters of one layer's.
@@ -25,7 +25,7 @@ ATTENTION, MLP = 4 * D * H, 2 * D * F  # Parameters of one layer's.
 
 def test_parameters_by_hand():
     norms = (2 * 2 + 1) * D
-    expected = (V + P) * D + norms + 2 * ATTENTION + MLP + (D * E + E * MLP)
+    expected = V * D + norms + 2 * ATTENTION + MLP + (D * E + E * MLP)
     counted = of_decoder_lm(TINY, L)
     assert counted.parameters == expected
     assert counted.activated_parameters == expected - (E - 1) * MLP
@@ -88,7 +88,7 @@ def test_the_dense_twin_has_equal_algorithmic_flops():
 
 def test_a_twin_of_two_choices_is_refused():
     config = dataclasses.replace(TINY, moe=MoEConfig(TopK(k=2)))
-    with pytest.raises(UserError, match="router.k is 2; a dense twin of equal FLOPs needs k=1"):
+    with pytest.raises(UserError, match=r"router.k is 2; a dense twin of equal FLOPs needs k=1"):
         dense_twin(config)
 
 

@@ -53,7 +53,8 @@ def apply(x, experts, gates, mask, w_in, w_out, cotangent, num_experts, capacity
 
 @st.composite
 def groups(draw):
-    tokens, choices, num_experts, capacity = shape = draw(st.sampled_from(SHAPES))
+    shape = draw(st.sampled_from(SHAPES))
+    tokens, choices, num_experts, _ = shape
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     # A few favourites, so that experts overflow and others stay empty.
     favour = rng.exponential(size=num_experts) * draw(st.sampled_from([0, 1, 10]))

@@ -226,7 +226,7 @@ def test_too_few_groups_for_the_mesh_is_an_error_of_the_layer():
     model.config = nnx.static(MoEConfig(group_size=32))
     with (
         jax.set_mesh(make_mesh(MeshConfig(data=4))),
-        pytest.raises(UserError, match="2 groups of moe.group_size=32"),
+        pytest.raises(UserError, match=r"2 groups of moe.group_size=32"),
     ):
         model(vectors(2), token_info(), Mode.TRAIN, None)
 

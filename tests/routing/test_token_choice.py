@@ -81,6 +81,18 @@ def test_renormalized_gates_sum_to_one_and_keep_their_ratios(x, parameters):
     np.testing.assert_allclose(gates[:, 0] / gates[:, 1], plain[:, 0] / plain[:, 1], rtol=1e-5)
 
 
+def test_gate_scale_multiplies_the_gates(x, parameters):
+    for renormalize in (False, True):
+        plain, scaled = (
+            TopK(k=2, renormalize=renormalize, gate_scale=scale).route(parameters, inputs(x), E, S)
+            for scale in (1.0, 2.5)
+        )
+        np.testing.assert_allclose(scaled.assignment.gates, 2.5 * plain.assignment.gates, rtol=1e-6)
+        np.testing.assert_array_equal(
+            scaled.losses["router_z"].total, plain.losses["router_z"].total
+        )
+
+
 def test_equal_logits_go_to_the_first_experts(x):
     assignment = TopK(k=2).route({"weights": jnp.zeros((D, E))}, inputs(x), E, S).assignment
     np.testing.assert_array_equal(assignment.experts, np.tile([0, 1], (S, 1)))
@@ -152,6 +164,7 @@ def test_loss_weights_name_the_losses(x, parameters):
     [
         (TopK(k=6), r"router.k is 6 but there are 5 experts; choose k between 1"),
         (TopK(k=0), r"router.k is 0 but there are 5 experts; choose k between 1"),
+        (TopK(gate_scale=0.0), r"router.gate_scale is 0.0; it must be above 0"),
         (TopK(jitter=1.0), r"router.jitter is 1.0; it must be in \[0, 1\)"),
         (TopK(jitter=-0.1), r"router.jitter is -0.1; it must be in \[0, 1\)"),
     ],

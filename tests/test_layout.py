@@ -1,0 +1,107 @@
+"""The layout that the README describes: who may import whom, and commands that exist."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+from configs.quickstart import get_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+# From the ground floor up; a module imports only from its own floor and those before it.
+FLOORS = [
+    ["errors", "configuration"],
+    ["parallel"],
+    ["data"],
+    ["routing"],
+    ["dispatch"],
+    ["layers"],
+    ["models"],
+    ["tasks", "decoding"],
+    ["analysis"],
+    ["training"],
+    ["command_line"],
+]
+FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names}
+MODULES = sorted((ROOT / "moe_jax").rglob("*.py"))
+
+
+def imported_from_moe_jax(path: pathlib.Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moe_jax"):
+            parts = node.module.split(".")
+            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_imports_what_is_above_it(path):
+    own = path.relative_to(ROOT / "moe_jax").parts[0].removesuffix(".py")
+    if own == "__init__":
+        assert not imported_from_moe_jax(path)
+        return
+    for name in imported_from_moe_jax(path):
+        assert FLOOR_OF[name] <= FLOOR_OF[own], f"{own} imports {name}"
+
+
+def test_routing_knows_neither_flax_nor_meshes():
+    for path in (ROOT / "moe_jax" / "routing").glob("*.py"):
+        text = path.read_text()
+        assert "import flax" not in text and "from flax" not in text
+        assert not imported_from_moe_jax(path) & {"parallel", "layers"}
+
+
+def shell_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_readme_commands_name_targets_scripts_flags_and_fields_that_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    commands = shell_commands()
+    assert len(commands) >= 7
+    for command in commands:
+        program, *words = command.split("#")[0].split()
+        if program == "make":
+            assert re.search(rf"^{words[0]}:", makefile, flags=re.MULTILINE), command
+        elif program == "python":
+            check_script(ROOT / words[0], command)
+        else:
+            assert command == "source .venv/bin/activate"
+
+
+def check_script(path: pathlib.Path, command: str) -> None:
+    source = path.read_text()
+    for flag, value in re.findall(r"--([\w.]+)=?('[^']*'|\S*)", command):
+        if flag.startswith("config."):
+            node = get_config()
+            for part in flag.split(".")[1:]:
+                node = getattr(node, part)
+        elif flag == "config":
+            assert (ROOT / value).exists(), command
+        else:
+            assert re.search(rf'DEFINE_\w+\(\s*"{flag}"', source), f"{path.name} has no --{flag}"
+
+
+def test_readme_python_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(links) >= 5
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_readme_names_every_folder():
+    for folder in (ROOT / "moe_jax").iterdir():
+        if folder.is_dir() and folder.name != "__pycache__":
+            assert f"moe_jax/{folder.name}/" in README

@@ -1,0 +1,229 @@
+"""Whole runs of the tiny config, in this process."""
+
+import dataclasses
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.analysis.accounting import dense_twin
+from moe_jax.data.pipelines import TextPipeline
+from moe_jax.errors import UserError
+from moe_jax.models.definition import ModelDefinition
+from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.training import experiment, loop, metrics
+from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.loop import Evaluator, Run
+from moe_jax.training.trained import Trained
+from tests.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """A run long enough to learn more than byte frequencies."""
+    config = tiny_config(data_dir)
+    config.steps, config.optimizer.warmup_steps = 120, 10
+    config.model.width, config.model.mlp_width, config.model.head_width = 32, 64, 16
+    config.model.dropout, config.model.moe.expert_dropout = 0.0, 0.0
+    config.logging.every, config.checkpoint.every, config.evaluation.every = 10, 60, 60
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, loop.train(config, workdir)
+
+
+def test_loss_falls_below_the_unigram_entropy(finished):
+    workdir, records = finished
+    entropy = experiment.read_record(workdir)["dataset"]["unigram_entropy"]
+    assert 2.5 < entropy < 4
+    assert records[-1]["eval/loss"] < entropy
+    assert records[-1]["train/loss"] < entropy
+
+
+def test_load_stays_balanced(finished):
+    _, records = finished
+    worst = max(r["router/1/max_over_mean_load"] for r in records if r["step"] >= 60)
+    assert 1 <= worst < 4
+
+
+def test_every_expert_and_router_weight_has_a_gradient(finished):
+    workdir, _ = finished
+    trained = Trained.load(workdir)
+    run = trained.run
+    data = TextPipeline(run.config.data, run.config.seed)
+    with jax.set_mesh(run.mesh):
+        batch = run.put(lambda start, stop: data.rows(0, start, stop), 16)
+
+        @jax.jit
+        def gradients(parameters):
+            def loss(p):
+                model = run.definition.merge(p)
+                return run.config.task.training_loss(model, batch, jax.random.key(0))[0]
+
+            return jax.grad(loss)(parameters)
+
+        layer = jax.device_get(gradients(trained.parameters))["periods"]["blocks"][1]["mlp"]
+    for name in ("w_in", "w_out"):
+        assert (np.abs(layer[name]).max(axis=(-2, -1)) > 0).all(), name
+    assert (layer["router"]["weights"] != 0).all()
+
+
+def test_a_run_leaves_what_the_readme_names(finished):
+    workdir, records = finished
+    record = json.loads((workdir / "config.json").read_text())
+    assert {"config", "dataset", "versions", "commit", "device_kind", "device_count"} <= set(record)
+    assert len(record["dataset"]["sha256"]) == 64
+    assert record["versions"]["jax"] == jax.__version__
+    rebuilt = experiment.load(workdir)
+    assert rebuilt.steps == 120 and rebuilt.model.moe.router.jitter == 0.01
+    assert rebuilt.mesh == MeshConfig(data=2, expert=2, fsdp_min_size=64)
+    assert [r["step"] for r in records] == list(range(10, 121, 10))
+    names = set(records[-1])
+    assert {"train/loss", "train/learning_rate", "time/tokens_per_second", "eval/loss"} <= names
+    assert {"router/1/load", "router/1/dropped", "router/1/entropy", "router/1/load_cv"} <= names
+    assert {"time/call_returns_ms", "eval/loss/asyncio", "router/1/logsumexp_squared"} <= names
+    assert sum(records[-1]["router/1/load"]) == pytest.approx(1)
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert (workdir / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert Checkpoints(workdir / "checkpoints").steps() == [60, 120]
+
+
+@pytest.mark.parametrize(
+    "mesh", ["", "data:1", "expert:2", "data:4", "expert:2,model:2", "model:2"]
+)
+def test_a_checkpoint_evaluates_equally_on_every_mesh(finished, mesh):
+    workdir, records = finished
+    trained = Trained.load(workdir, mesh)
+    config = trained.run.config
+    data = TextPipeline(config.data, config.seed)
+    evaluate = Evaluator(trained.run, data, "validation", config.evaluation.batches)
+    with jax.set_mesh(trained.run.mesh):
+        losses = evaluate(trained.parameters)
+    assert trained.step == 120
+    for name, loss in losses.items():
+        assert loss == pytest.approx(records[-1][name], rel=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def twenty_losses(data_dir):
+    """First 20 losses by mesh; jitter and both dropouts are on."""
+
+    def losses(mesh: MeshConfig) -> list[float]:
+        config = tiny_config(data_dir)
+        config.mesh, config.steps = mesh, 20
+        run = Run.build(config)
+        data = TextPipeline(config.data, config.seed)
+        step = jax.jit(
+            loop.train_step(run.definition, config.task, run.optimizer, config.seed, False),
+            out_shardings=(run.shardings, None),
+        )
+        found = []
+        with jax.set_mesh(run.mesh):
+            state = run.initial_state()
+            for index in range(20):
+                batch = run.put(lambda a, b, i=index: data.rows(i, a, b), 16)
+                state, step_metrics = step(state, batch)
+                found.append(float(step_metrics["loss"]))
+        return found
+
+    return losses, losses(MeshConfig())
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=2, expert=4, fsdp_min_size=64),
+        MeshConfig(data=2, expert=2, model=2, fsdp_min_size=64),
+    ],
+    ids=str,
+)
+def test_losses_on_eight_devices_equal_those_on_one(twenty_losses, mesh):
+    losses, alone = twenty_losses
+    np.testing.assert_allclose(losses(mesh), alone, rtol=1e-5)
+    assert alone[-1] < alone[0]
+
+
+def test_a_run_continues_on_another_mesh_with_more_steps(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    config.steps = 4
+    loop.train(config, tmp_path)
+    config.steps, config.mesh = 6, MeshConfig(expert=4, model=2)
+    config.logging.every, config.checkpoint.every = 1, 3
+    records = loop.train(config, tmp_path)
+    assert [r["step"] for r in records] == [2, 4, 5, 6]
+
+
+def test_nonfinite_loss_stops_and_names_the_last_good_checkpoint(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    loop.train(dataclasses.replace(config, steps=4), tmp_path / "run")
+    # The same run, but its parameters are broken after the checkpoint of step 4.
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(UserError, match=r"step 5: .*router/1/entropy.*checkpoint is step 4 in"),
+    ):
+        restore = Run.restore
+        patch.setattr(Run, "restore", lambda *a: _with_nan(restore(*a)))
+        loop.train(config, tmp_path / "run")
+    assert Checkpoints(tmp_path / "run" / "checkpoints").newest_good() == 4
+
+
+def test_nonfinite_steps_are_skipped_on_request(data_dir, tmp_path, caplog):
+    config = tiny_config(data_dir)
+    config.skip_nonfinite = True
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+        task = type(config.task)
+        original = task.training_loss
+
+        def broken_at_step_3(self, model, batch, key):
+            loss, step_metrics = original(self, model, batch, key)
+            third = jax.random.fold_in(jax.random.key(config.seed), 2)
+            same = (jax.random.key_data(key) == jax.random.key_data(third)).all()
+            bad = jax.numpy.where(same, jax.numpy.nan, 1.0)
+            return loss * bad, {**step_metrics, "loss": step_metrics["loss"] * bad}
+
+        patch.setattr(task, "training_loss", broken_at_step_3)
+        records = loop.train(config, tmp_path)
+    assert records[-1]["step"] == 8 and np.isfinite(records[-1]["eval/loss"])
+    assert [r.message for r in caplog.records if "skipped" in r.message] == [
+        "step 3: loss or gradient is not finite; its update is skipped"
+    ]
+
+
+def _with_nan(state):
+    parameters = {**state.parameters, "norm": {"scale": state.parameters["norm"]["scale"] * np.nan}}
+    return dataclasses.replace(state, parameters=parameters)
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path, caplog):
+    workdir, _ = finished
+    (copy := tmp_path / "copy").mkdir()
+    (copy / "config.json").write_bytes((workdir / "config.json").read_bytes())
+    _copy_tree(workdir / "checkpoints", copy / "checkpoints")
+    payload = max(
+        (p for p in (copy / "checkpoints" / "120").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
+    flipped = bytearray(payload.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    payload.write_bytes(flipped)
+    with caplog.at_level(logging.WARNING):
+        assert Trained.load(copy).step == 60
+    assert any("step 120" in r.message and payload.name in r.message for r in caplog.records)
+
+
+def _copy_tree(source, target):
+    for path in source.rglob("*"):
+        if path.is_file():
+            to = target / path.relative_to(source)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(path.read_bytes())
+
+
+def test_dense_twin_trains_with_the_same_trainer(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    config.model = dense_twin(config.model)
+    config.steps = 2
+    records = loop.train(config, tmp_path)
+    assert metrics.dropped_fraction(records[-1]) == 0
+    assert not [name for name in records[-1] if name.startswith("router/")]
+    assert "experts" not in str(ModelDefinition.of(config.model).axes)
