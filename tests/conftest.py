@@ -11,6 +11,8 @@ from moe_jax.data.sources import prepare_dataset
 # Before the backend starts: configuration, not environment, so that subprocesses choose their own.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# Tests compile much and compute little: 345 s of user time become 243 s for the core's tests.
+jax.config.update("jax_disable_most_optimizations", True)
 _CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update(
     "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_CACHE))

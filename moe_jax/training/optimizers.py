@@ -88,7 +88,8 @@ class AdamW:
         else:
 
             def after(count: jax.typing.ArrayLike) -> jax.Array:
-                ratio = self.warmup_steps / (self.warmup_steps + count)
+                # join_schedules also evaluates this before its time, at negative counts.
+                ratio = self.warmup_steps / (self.warmup_steps + jax.numpy.maximum(count, 0))
                 return self.learning_rate * jax.numpy.sqrt(ratio)
 
         return optax.schedules.join_schedules([warmup, after], [self.warmup_steps])

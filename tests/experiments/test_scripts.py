@@ -29,7 +29,8 @@ SMALL = [
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
-        **os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir
+        **os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
     }  # fmt: skip
     return subprocess.run(
         [sys.executable, f"experiments/{name}.py", *arguments],
