@@ -15,6 +15,7 @@ setup(
         "etils[epath]",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "importlib_resources",  # Imported by tensorflow-datasets, which does not ask for it.
         "jax>=0.10.2",
         "matplotlib",
         "ml_collections>=1.1.0",
@@ -26,7 +27,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff"],
+        "test": ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
     },

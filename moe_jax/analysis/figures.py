@@ -51,6 +51,8 @@ def save_comparison(
         {"MoE": sparse, "dense twin": dense},
         {"MoE": SPARSE, "dense twin": DENSE},
     )
+    # The fall to the unigram entropy takes a few steps and is the same for both.
+    axes[0].set_ylim(top=unigram_entropy + 0.15)
     axes[0].axhline(unigram_entropy, color=NEUTRAL, linestyle=":", linewidth=1)
     axes[0].text(
         sparse[-1]["step"], unigram_entropy, "unigram entropy", ha="right", va="bottom",
@@ -79,11 +81,14 @@ def _draw_loss(axes: Axes, runs: Mapping[str, Records], colors: Mapping[str, str
             color=color, linewidth=1, alpha=0.5, label=f"{name}, training",
         )  # fmt: skip
         held_out = [(r["step"], r["eval/loss"]) for r in records if "eval/loss" in r]
-        axes.plot(*zip(*held_out, strict=True), "o-", color=color, label=f"{name}, held out")
+        axes.plot(
+            *zip(*held_out, strict=True), "o-", color=color, markersize=4, label=f"{name}, held out"
+        )
         axes.annotate(
             f"{held_out[-1][1]:.3f}", held_out[-1], color=color, fontsize=8,
-            xytext=(0, 5 if color == DENSE else -12), textcoords="offset points", ha="right",
+            xytext=(5, 2 if color == DENSE else -8), textcoords="offset points",
         )  # fmt: skip
+    axes.margins(x=0.1)  # Room for the last values.
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title="Loss")
     axes.legend(fontsize=8)
 
@@ -119,10 +124,14 @@ def _draw_loads(axes: Sequence[Axes], records: Records, moe_layers: Sequence[int
         load = np.array([r[f"router/{layer}/load"] for r in records]).T
         share = load / load.sum(axis=0, keepdims=True)
         steps = [r["step"] for r in records]
+        fair = 100 / len(share)
         image = panel.pcolormesh(
-            steps, np.arange(len(share)), 100 * share, shading="nearest", cmap="viridis", vmin=0
+            steps, np.arange(len(share)), 100 * share, shading="nearest", cmap="viridis",
+            vmin=0, vmax=3 * fair,
+        )  # fmt: skip
+        bar = panel.figure.colorbar(
+            image, ax=panel, extend="max", ticks=[0, fair, 2 * fair, 3 * fair]
         )
-        bar = panel.figure.colorbar(image, ax=panel)
         bar.set_label("share of tokens (%)")
         panel.set(
             xlabel="step", ylabel="expert", title=f"Expert load, block {layer}",
