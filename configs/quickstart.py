@@ -26,7 +26,7 @@ def get_config() -> Experiment:
             mlp_width=128,
             num_experts=8,
             moe_every=1,
-            max_length=256,
+            max_length=128,
             unroll=True,  # A scanned step takes 1.3 times as long on a CPU.
             moe=MoEConfig(
                 router=TopK(k=1, gate_scale=8, load_balancing_weight=1e-2),

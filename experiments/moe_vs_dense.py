@@ -32,7 +32,7 @@ LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 SIDES = ("moe", "dense")
 
-_CONFIG = command_line.define_config("configs/moe_vs_dense.py")
+_CONFIG = command_line.define_config()
 _CONFIG_FILE = "configs/moe_vs_dense.py"
 _WORKDIR = flags.DEFINE_string("workdir", "runs/moe_vs_dense", "Folder of the runs.")
 _OUTPUT = flags.DEFINE_string("output", "docs/results", "Folder of the table and the picture.")
@@ -55,13 +55,10 @@ class Trial:
     def command(self) -> list[str]:
         """The command that trains it or continues it."""
         twin = ["--config.model.moe_every=0"] if self.side == "dense" else []
-        overrides = [a for a in sys.argv[1:] if a.startswith("--config")]
-        config = [] if any(a.startswith("--config=") for a in overrides) else [_CONFIG_FILE]
         return [
             sys.executable,
             str(_EXPERIMENTS / "train.py"),
-            *(f"--config={file}" for file in config),
-            *overrides,
+            *(argument for argument in sys.argv[1:] if argument.startswith("--config")),
             *twin,
             f"--workdir={self.workdir}",
             f"--config.optimizer.learning_rate={self.learning_rate}",
@@ -88,12 +85,14 @@ class Trial:
         self.workdir.mkdir(parents=True, exist_ok=True)
         log = self.workdir / "log.txt"
         start = time.time()
-        with log.open("a") as file:
-            status = subprocess.run(self.command(), stdout=file, stderr=file).returncode
-        if status or metrics.read(self.workdir)[-1]["step"] != steps:
-            raise UserError(f"run {self.workdir} stopped with status {status}; see {log}.")
         before = self.wall_seconds() if self._wall_file.exists() else 0.0
-        self._wall_file.write_text(json.dumps(before + time.time() - start))
+        try:
+            with log.open("a") as file:
+                status = subprocess.run(self.command(), stdout=file, stderr=file).returncode
+        finally:
+            self._wall_file.write_text(json.dumps(before + time.time() - start))
+        if not self.finished(steps):
+            raise UserError(f"run {self.workdir} stopped with status {status}; see {log}.")
 
     def wall_seconds(self) -> float:
         """Seconds of the training commands, compilation and evaluation included."""
@@ -243,4 +242,4 @@ def _draw(result: Mapping[str, Any], chosen: Mapping[str, float], path: pathlib.
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, _CONFIG_FILE)

@@ -22,7 +22,7 @@ from moe_jax.training import experiment, loop, metrics, provenance
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.trained import Trained
 
-_CONFIG = command_line.define_config("configs/quickstart.py")
+_CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the two runs.")
 _STEPS = flags.DEFINE_integer("steps", None, "Steps of each run; default: the config's.")
 _LOG = logging.getLogger("moe_jax.quickstart")
@@ -125,4 +125,4 @@ def _print_summary(runs: dict[str, Experiment], records: dict[str, list[metrics.
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, "configs/quickstart.py")

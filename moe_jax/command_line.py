@@ -1,6 +1,7 @@
 """What the scripts in experiments/ share: the --config flag, one-sentence errors, JSON output."""
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -19,12 +20,16 @@ from moe_jax.training.experiment import Experiment
 from moe_jax.training.loop import Interrupted
 
 USER_ERROR_STATUS = 2
+# What the machine and not the program is to blame for.
+_ENVIRONMENT_ERRORS = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS
+}  # fmt: skip
 
 
-def define_config(default: str | None = None) -> flags.FlagHolder:
+def define_config() -> flags.FlagHolder:
     """Defines --config=FILE and --config.any.field=value."""
     return config_flags.DEFINE_config_file(
-        "config", default, "Python file with a get_config() that returns an Experiment."
+        "config", None, "Python file with a get_config() that returns an Experiment."
     )
 
 
@@ -46,12 +51,19 @@ def experiment(config: Any) -> Experiment:
     return config
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], default_config: str | None = None) -> None:
     """Runs a script: parses flags, calls `main`, and tells the user in one sentence what was wrong.
+
+    Args:
+      main: the script.
+      default_config: what --config is if the user names no file.
 
     Exit status: 0 done, or stopped by SIGTERM after saving; 130 stopped by Ctrl-C after saving;
     2 the user asked for something impossible.
     """
+    # Not as the flag's default, which absl would read before `parse_flags` can catch its errors.
+    if default_config and not any(re.fullmatch(r"--config(=.*)?", a) for a in sys.argv):
+        sys.argv.insert(1, f"--config={default_config}")
     report_to_user(lambda: app.run(lambda argv: _main(main, argv), flags_parser=parse_flags))
 
 
@@ -65,6 +77,13 @@ def report_to_user(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _stop(str(error), USER_ERROR_STATUS)
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT_ERRORS:
+            raise
+        reason = f"{error.filename}: {error.strerror}; name a place that can be written to."
+        _stop(reason, USER_ERROR_STATUS)
+    except KeyboardInterrupt:
+        _stop("interrupted", 130)
     except Interrupted as stopped:
         _stop(str(stopped), 130 if stopped.signal_number == signal.SIGINT else 0)
 
@@ -109,7 +128,8 @@ def _sentence(message: str) -> str:
 
 def _unknown_field(argv: Sequence[str]) -> str:
     """Finds the first --config override that names no field, and what was probably meant."""
-    files = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+    words = " ".join(argv).replace("--config ", "--config=").split()
+    files = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     config: Any = config_flags.config_flags._ConfigFileParser("config").parse(files[-1])
     for argument in argv:
         if not argument.startswith("--config."):

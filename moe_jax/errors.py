@@ -5,5 +5,5 @@ class UserError(ValueError):
     """Something the user asked for cannot be done.
 
     The message is one sentence that names the field, its value and what would be right. Scripts
-    print it without a traceback and exit with status 2 (see `moe_jax.training.app`).
+    print it without a traceback and exit with status 2 (see `moe_jax.command_line`).
     """

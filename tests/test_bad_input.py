@@ -1,5 +1,6 @@
 """What the user reads when something is wrong: one sentence, with field, value and remedy."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from ml_collections import config_flags
 from moe_jax import command_line
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.routing.token_choice import TopK
 from moe_jax.training import experiment, loop
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+CONFIG = str(ROOT / "tests" / "bad_input_config.py")
 
 
 def parse(*arguments: str):
@@ -38,20 +40,20 @@ def one_sentence(message: str) -> bool:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([f"--config={QUICKSTART}", "--stepz=3"], ["stepz", "steps"]),
-        ([f"--config={QUICKSTART}", "--steps=ten"], ["steps", "ten"]),
+        ([f"--config={CONFIG}", "--stepz=3"], ["stepz", "steps"]),
+        ([f"--config={CONFIG}", "--steps=ten"], ["steps", "ten"]),
         (
-            [f"--config={QUICKSTART}", "--config.model.widht=64"],
+            [f"--config={CONFIG}", "--config.model.widht=64"],
             ["--config.model.widht", "widht", "did you mean 'width'", "num_heads"],
         ),
         (
-            [f"--config={QUICKSTART}", "--config.model.moe.router.q=2"],
+            [f"--config={CONFIG}", "--config.model.moe.router.q=2"],
             ["config.model.moe.router has no field 'q'", "jitter"],
         ),
-        ([f"--config={QUICKSTART}", "--config.model.width=wide"], ["config.model.width", "wide"]),
-        ([f"--config={QUICKSTART}", "--config.model.width=1.5"], ["config.model.width", "1.5"]),
+        ([f"--config={CONFIG}", "--config.model.width=wide"], ["config.model.width", "wide"]),
+        ([f"--config={CONFIG}", "--config.model.width=1.5"], ["config.model.width", "1.5"]),
         (
-            [f"--config={QUICKSTART}", "--config.model.dtype=float8"],
+            [f"--config={CONFIG}", "--config.model.dtype=float8"],
             ["config.model.dtype", "float8", "float32", "bfloat16"],
         ),
         (["--config=configs/missing.py"], ["configs/missing.py"]),
@@ -69,12 +71,15 @@ def test_command_line(arguments, words):
     ("field", "value", "words"),
     [
         ("steps", 0, ["steps is 0", "at least 1"]),
+        ("seed", -1, ["seed is -1", "at least 0"]),
         ("steps", "many", ["config.steps is 'many'", "int"]),
         ("model.num_experts", 6, ["model.num_experts is 6", "4 devices", "expert"]),
         ("model.moe.router.k", 9, ["router.k is 9", "8 experts", "between 1 and"]),
         ("model.moe.router.k", 0, ["router.k is 0", "8 experts"]),
         ("model.moe.router", "Switch", ["config.model.moe.router is 'Switch'", "Router"]),
         ("model.moe.capacity.train_factor", 0.0, ["train_factor is 0.0", "zero capacity", "1.25"]),
+        ("model.moe.capacity.train_factor", float("inf"), ["train_factor is inf", "finite"]),
+        ("model.init_scale", -1.0, ["model.init_scale is -1.0", "above 0"]),
         ("model.moe.group_size", 600, ["moe.group_size is 600", "8192 tokens", "divisor"]),
         ("model.moe.group_size", 4096, ["2 groups", "4096", "8 shards", "smaller group_size"]),
         ("mesh.data", 64, ["mesh data=64", "256 devices", "there are 8", "mesh.host_devices"]),
@@ -90,7 +95,7 @@ def test_command_line(arguments, words):
     ],
 )
 def test_config(field, value, words, tmp_path):
-    config = parse(f"--config={QUICKSTART}")
+    config = parse(f"--config={CONFIG}")
     owner = config
     *path, name = field.split(".")
     for part in path:
@@ -107,7 +112,7 @@ def test_config(field, value, words, tmp_path):
 
 
 def test_mesh_on_too_few_devices_names_their_kind():
-    config = parse(f"--config={QUICKSTART}").mesh
+    config = parse(f"--config={CONFIG}").mesh
     config.data = 16
     with pytest.raises(
         UserError, match=f"64 devices but there are 8 .{jax.devices()[0].device_kind}"
@@ -126,6 +131,56 @@ def test_workdir_of_another_run(data_dir, tmp_path):
         assert word in str(error.value)
 
 
+def test_steps_that_are_done_already(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    config.steps = 4
+    loop.train(config, tmp_path)
+    config.steps = 3
+    with pytest.raises(UserError, match=r"steps is 3, but the run in .* has done 4 already"):
+        loop.train(config, tmp_path)
+
+
+def test_text_of_another_python(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    config.steps = 2
+    loop.train(config, tmp_path)
+    path = tmp_path / "config.json"
+    record = json.loads(path.read_text())
+    record["dataset"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"began with 000000000000; use a new --workdir"):
+        loop.train(config, tmp_path)
+
+
+def test_router_that_config_json_could_not_name(data_dir, tmp_path):
+    class Unlisted(TopK):
+        pass
+
+    config = tiny_config(data_dir)
+    config.model.moe.router = Unlisted()
+    with pytest.raises(UserError, match="config type 'Unlisted' is not one that can be rebuilt"):
+        loop.train(config, tmp_path)
+
+
+def test_workdir_that_cannot_be_written(data_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "experiments/train.py",
+            f"--config={CONFIG}",
+            f"--config.data.data_dir={data_dir}",
+            f"--workdir={tmp_path}/file",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert f"{tmp_path}/file" in done.stderr.splitlines()[-1]
+
+
 def test_workdir_without_a_run(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json; name the folder of a run"):
         experiment.load(tmp_path)
@@ -133,7 +188,7 @@ def test_workdir_without_a_run(tmp_path):
 
 def test_a_script_prints_the_sentence_and_exits_with_2(tmp_path):
     """The whole way: no traceback, nothing on stdout."""
-    command = [sys.executable, "experiments/train.py", f"--config={QUICKSTART}"]
+    command = [sys.executable, "experiments/train.py", f"--config={CONFIG}"]
     command += [f"--workdir={tmp_path}", "--config.mesh.expert=3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
@@ -144,11 +199,24 @@ def test_a_script_prints_the_sentence_and_exits_with_2(tmp_path):
 
 def test_a_script_names_a_missing_flag():
     done = subprocess.run(
-        [sys.executable, "experiments/train.py", f"--config={QUICKSTART}"],
+        [sys.executable, "experiments/train.py", f"--config={CONFIG}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2
     assert "--workdir" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["quickstart", "moe_vs_dense"])
+def test_a_script_with_a_default_config_names_an_unknown_field(script):
+    done = subprocess.run(
+        [sys.executable, f"experiments/{script}.py", "--config.model.widht=3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "did you mean 'width'" in done.stderr
     assert "Traceback" not in done.stderr

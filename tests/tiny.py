@@ -10,7 +10,7 @@ from moe_jax.training.optimizers import AdamW
 
 
 def tiny_config(data_dir: str) -> Experiment:
-    """Two blocks, four experts, jitter, dropout and expert dropout on, on data=2 x expert=2."""
+    """Two blocks, four experts, jitter, dropout and expert dropout on, on data=2 x expert=4."""
     return Experiment(
         steps=8,
         model=DecoderLMConfig(
@@ -26,7 +26,7 @@ def tiny_config(data_dir: str) -> Experiment:
         ),
         data=TextData(data_dir=data_dir, sequence_length=32, batch_size=16),
         optimizer=AdamW(learning_rate=1e-2, warmup_steps=2),
-        mesh=MeshConfig(data=2, expert=2, fsdp_min_size=64),
+        mesh=MeshConfig(data=2, expert=4, fsdp_min_size=64),
         logging=Logging(every=2),
         checkpoint=Checkpointing(every=4),
         evaluation=Evaluation(every=4, batches=2),

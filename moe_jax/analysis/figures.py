@@ -73,19 +73,21 @@ def _heatmap_rows(moe_layers: Sequence[int]) -> int:
     return (len(moe_layers) + 1) // 2
 
 
+def _series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one metric, where it was recorded and finite."""
+    found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    return np.array([step for step, _ in found]), np.array([value for _, value in found])
+
+
 def _draw_loss(axes: Axes, runs: Mapping[str, Records], colors: Mapping[str, str]) -> None:
     for name, records in runs.items():
         color = colors[name]
-        axes.plot(
-            [r["step"] for r in records], [r["train/loss"] for r in records],
-            color=color, linewidth=1, alpha=0.5, label=f"{name}, training",
-        )  # fmt: skip
-        held_out = [(r["step"], r["eval/loss"]) for r in records if "eval/loss" in r]
-        axes.plot(
-            *zip(*held_out, strict=True), "o-", color=color, markersize=4, label=f"{name}, held out"
-        )
+        steps, losses = _series(records, "train/loss")
+        axes.plot(steps, losses, color=color, linewidth=1, alpha=0.5, label=f"{name}, training")
+        steps, losses = _series(records, "eval/loss")
+        axes.plot(steps, losses, "o-", color=color, markersize=4, label=f"{name}, held out")
         axes.annotate(
-            f"{held_out[-1][1]:.3f}", held_out[-1], color=color, fontsize=8,
+            f"{losses[-1]:.3f}", (steps[-1], losses[-1]), color=color, fontsize=8,
             xytext=(5, 2 if color == DENSE else -8), textcoords="offset points",
         )  # fmt: skip
     axes.margins(x=0.1)  # Room for the last values.
@@ -99,12 +101,11 @@ def _draw_routing(axes: Axes, records: Records, moe_layers: Sequence[int]) -> No
     if not moe_layers:
         axes.text(0.5, 0.5, "a dense model routes nothing", ha="center", transform=axes.transAxes)
         return
-    steps = [r["step"] for r in records]
     right = axes.twinx()
     for style, layer in zip(_line_styles(len(moe_layers)), moe_layers, strict=True):
-        dropped = [100 * r[f"router/{layer}/dropped"] for r in records]
-        uneven = [r[f"router/{layer}/max_over_mean_load"] for r in records]
-        axes.plot(steps, dropped, style, color=SPARSE, label=f"block {layer}, dropped")
+        steps, dropped = _series(records, f"router/{layer}/dropped")
+        _, uneven = _series(records, f"router/{layer}/max_over_mean_load")
+        axes.plot(steps, 100 * dropped, style, color=SPARSE, label=f"block {layer}, dropped")
         right.plot(steps, uneven, style, color=DENSE, label=f"block {layer}, max/mean load")
     axes.set_ylabel("dropped (% of assignments)", color=SPARSE)
     right.set_ylabel("max/mean load", color=DENSE)
@@ -121,9 +122,9 @@ def _line_styles(count: int) -> list[str]:
 def _draw_loads(axes: Sequence[Axes], records: Records, moe_layers: Sequence[int]) -> None:
     """One heat map per MoE layer: share of the tokens that each expert gets, over time."""
     for panel, layer in zip(axes, moe_layers, strict=False):
-        load = np.array([r[f"router/{layer}/load"] for r in records]).T
+        steps, load = _series(records, f"router/{layer}/load")
+        load = load.T
         share = load / load.sum(axis=0, keepdims=True)
-        steps = [r["step"] for r in records]
         fair = 100 / len(share)
         image = panel.pcolormesh(
             steps, np.arange(len(share)), 100 * share, shading="nearest", cmap="viridis",
@@ -159,9 +160,8 @@ def save_side_by_side(
     left, right = figure.subplots(1, 2)
     for side, color in (("moe", SPARSE), ("dense", DENSE)):
         for seed, records in enumerate(curves[side]):
-            held_out = [(r["step"], r["eval/loss"]) for r in records if "eval/loss" in r]
             left.plot(
-                *zip(*held_out, strict=True), "o-", color=color, linewidth=1, markersize=3,
+                *_series(records, "eval/loss"), "o-", color=color, linewidth=1, markersize=3,
                 label={"moe": "MoE", "dense": "dense twin"}[side] if seed == 0 else None,
             )  # fmt: skip
     left.set(xlabel="step", ylabel="validation loss (nats per byte)", title="One line per seed")

@@ -31,6 +31,10 @@ class TextData:
     text_feature: str = "text"
     domain_feature: str = "domain"
     """The feature that labels the text; empty for one domain named after the dataset."""
+    train_split: str = "train"
+    """The split, or a TFDS slice of one such as `train[:99%]`, that is trained on."""
+    held_out_split: str = "validation"
+    """The split or slice that is evaluated during training; lm1b, for one, calls it `test`."""
     domain_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     """Shares of the training rows, of any sum; a domain left out is not trained on. Empty: every
     row once per epoch, so that domains appear in proportion to their size."""
@@ -80,7 +84,7 @@ class TextPipeline:
         """
         config.validate()
         self._config = config
-        self.train = self._open("train")
+        self.train = self._open(config.train_split)
         self.domains = tuple(self.train)
         lengths = [len(self.train[domain]) for domain in self.domains]
         self._starts = np.array([0, *itertools.accumulate(lengths)])

@@ -49,8 +49,15 @@ def left_padded(prompts: list[np.ndarray], pad: int) -> tuple[np.ndarray, np.nda
     return tokens, mask
 
 
-def draw(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Draws from logits [B, V]; [B] int32. A row's draw depends on its index and the key."""
+def draw(
+    logits: jax.Array, sampling: Sampling, key: jax.Array, allowed: jax.Array | None = None
+) -> jax.Array:
+    """Draws from logits [B, V]; [B] int32. A row's draw depends on its index and the key.
+
+    `allowed` [V] bool leaves out ids that are never to be drawn; None allows all.
+    """
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if sampling.top_k:
@@ -68,6 +75,7 @@ def generate(
     key: jax.Array,
     new_tokens: int,
     sampling: Sampling,
+    allowed: jax.Array | None = None,
 ) -> jax.Array:
     """Continues prompts; jit-able with `new_tokens` and `sampling` static.
 
@@ -78,6 +86,7 @@ def generate(
       key: PRNG key of the draws.
       new_tokens: N, at least 1.
       sampling: how to draw.
+      allowed: [V] bool, ids that may be drawn; None for all.
 
     Returns:
       [B, N] int32.
@@ -85,13 +94,13 @@ def generate(
     # The last token is drawn and never fed back, so it needs no place in the cache.
     empty = model.empty_cache(tokens.shape[0], tokens.shape[1] + new_tokens - 1)
     logits, _, cache = model(tokens, mask, Mode.DECODE, cache=empty)
-    first = draw(logits[:, -1], sampling, jax.random.fold_in(key, 0))
+    first = draw(logits[:, -1], sampling, jax.random.fold_in(key, 0), allowed)
 
     def step(carry: tuple, index: jax.Array) -> tuple[tuple, jax.Array]:
         token, cache = carry
         real = jnp.ones((token.shape[0], 1), bool)
         logits, _, cache = model(token[:, None], real, Mode.DECODE, cache=cache)
-        token = draw(logits[:, -1], sampling, jax.random.fold_in(key, index))
+        token = draw(logits[:, -1], sampling, jax.random.fold_in(key, index), allowed)
         return (token, cache), token
 
     _, rest = jax.lax.scan(step, (first, cache), jnp.arange(1, new_tokens))

@@ -23,12 +23,12 @@ def continue_texts(
     sampling: Sampling,
     seed: int,
 ) -> list[str]:
-    """Continues all prompts in one batch.
+    """Continues all prompts in one batch, each until its text ends.
 
     Args:
       model: on `mesh`.
       mesh: its token shards split the batch, which is filled up with copies to divide evenly.
-      prompts: an empty one starts a text.
+      prompts: each is the beginning of a text; an empty one starts a text.
       new_tokens: tokens to add to each.
       sampling: how to draw.
       seed: of the draws.
@@ -38,7 +38,8 @@ def continue_texts(
     """
     sampling.validate(model.config.vocab_size)
     tokenizer = ByteTokenizer()
-    encoded = [np.concatenate([[tokenizer.BOS], tokenizer.encode(prompt)]) for prompt in prompts]
+    # Training rows separate texts by EOS, so a text begins after one.
+    encoded = [np.concatenate([[tokenizer.EOS], tokenizer.encode(prompt)]) for prompt in prompts]
     longest = max(map(len, encoded))
     if longest + new_tokens - 1 > model.config.max_length:
         raise UserError(
@@ -50,14 +51,22 @@ def continue_texts(
     tokens, mask = left_padded(encoded + encoded[:1] * rows, tokenizer.PAD)
     sharding = NamedSharding(mesh, PartitionSpec(TOKEN_AXES))
     definition, parameters = nnx.split(model)
+    ids = np.arange(model.config.vocab_size)  # The table is larger than the tokenizer's vocabulary.
+    allowed = (ids < tokenizer.vocab_size) & (ids != tokenizer.PAD) & (ids != tokenizer.BOS)
 
     @jax.jit
     def run(parameters: nnx.State, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         key = jax.random.key(seed)
         merged = nnx.merge(definition, parameters)
-        return generate(merged, tokens, mask, key, new_tokens, sampling)
+        return generate(merged, tokens, mask, key, new_tokens, sampling, allowed)
 
     with jax.set_mesh(mesh):
         tokens, mask = jax.device_put((tokens, mask), sharding)
         drawn = jax.device_get(run(parameters, tokens, mask))
-    return [tokenizer.decode(row) for row in drawn[: len(prompts)]]
+    return [tokenizer.decode(_until(tokenizer.EOS, row)) for row in drawn[: len(prompts)]]
+
+
+def _until(end: int, row: np.ndarray) -> np.ndarray:
+    """The part of `row` before the first `end`."""
+    ends = np.flatnonzero(row == end)
+    return row[: ends[0]] if len(ends) else row

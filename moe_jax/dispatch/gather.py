@@ -7,16 +7,31 @@ Moving a token is a gather of its row, so nothing of size S * E * C exists (comp
 einsum, whose cost grows with S * E * C * d).
 """
 
-from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.dispatch import exchange
+from moe_jax.dispatch.interface import Experts
 from moe_jax.routing.assignment import TokenChoice
 
-# (rows [experts here, rows, d], global token index of each row [experts here, rows]) -> outputs.
-Experts = Callable[[jax.Array, jax.Array], jax.Array]
+
+@dataclasses.dataclass
+class Gather:
+    """`apply` as a component of a config."""
+
+    def apply(
+        self,
+        x: jax.Array,
+        assignment: TokenChoice,
+        token_index: jax.Array,
+        experts: Experts,
+        num_experts: int,
+        axis: str,
+    ) -> jax.Array:
+        """See `moe_jax.dispatch.interface.Dispatch`."""
+        return apply(x, assignment, token_index, experts, num_experts, axis)
 
 
 def apply(
@@ -82,6 +97,6 @@ def combine(buffers: jax.Array, assignment: TokenChoice) -> jax.Array:
       [S, d] in the dtype of `buffers`, summed in float32.
     """
     outputs = buffers.at[assignment.experts, assignment.slots].get(mode="fill", fill_value=0)
-    return jnp.einsum("skd,sk->sd", outputs.astype(jnp.float32), assignment.gates).astype(
-        buffers.dtype
-    )
+    # A sum of products and not a matrix product, which TPUs would round to bfloat16.
+    weighted = outputs.astype(jnp.float32) * assignment.gates[..., None]
+    return weighted.sum(axis=1).astype(buffers.dtype)

@@ -16,7 +16,8 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
-from moe_jax.dispatch import gather
+from moe_jax.dispatch.gather import Gather
+from moe_jax.dispatch.interface import Dispatch
 from moe_jax.errors import UserError
 from moe_jax.layers.dropout import dropout_by_token
 from moe_jax.layers.initializers import scaled_truncated_normal
@@ -38,12 +39,14 @@ class MoEConfig:
       capacity: slots per expert.
       group_size: S, tokens that compete for the same slots in training and evaluation. Groups are
         consecutive tokens of the batch, so the result does not depend on the mesh.
+      dispatch: how tokens reach their experts: any `moe_jax.dispatch.interface.Dispatch`.
       expert_dropout: dropout rate inside the experts (Switch section 2.4: 0.4 in fine-tuning).
     """
 
     router: Router = dataclasses.field(default_factory=TopK)
     capacity: Capacity = dataclasses.field(default_factory=Capacity)
     group_size: int = 1024
+    dispatch: Dispatch = dataclasses.field(default_factory=Gather)
     expert_dropout: float = 0.0
 
     def validate(self, num_experts: int) -> None:
@@ -111,7 +114,7 @@ class MoE(nnx.Module):
         self.num_experts = num_experts
         self.router = nnx.data(
             {
-                name: nnx.Param(value, axes=("router_width", "router_experts")[: value.ndim])
+                name: nnx.Param(value, axes=("router",) * value.ndim)
                 for name, value in config.router.init(router_key, width, num_experts).items()
             }
         )
@@ -253,7 +256,9 @@ def _moe_of_shard(
     # Each device of `model` computes with its slice of f; from here on their values differ. Said
     # on x and not on the buffers, so that the backward pass sums [T, d] over `model`, not [E*C, d].
     varying = jax.lax.pcast(x, MODEL, to="varying")
-    y = gather.apply(varying, routing.assignment, token_index, experts, num_experts, EXPERT)
+    y = config.dispatch.apply(
+        varying, routing.assignment, token_index, experts, num_experts, EXPERT
+    )
     y = jax.lax.psum(y, MODEL)
     return y, _reduced_report(routing)
 
@@ -285,7 +290,6 @@ def _reduced_report(routing: Routing) -> MoEReport:
     flat, unravel = ravel_pytree(local)
     losses, statistics = unravel(jax.lax.psum(flat, TOKEN_AXES))
     values = jax.tree.map(Mean.value, statistics, is_leaf=lambda leaf: isinstance(leaf, Mean))
-    return MoEReport(
-        losses={name: mean.value() for name, mean in losses.items()},
-        statistics={**values, **of_load(values["load"])},
-    )
+    if "load" in values:  # Soft routing has none.
+        values |= of_load(values["load"])
+    return MoEReport({name: mean.value() for name, mean in losses.items()}, values)

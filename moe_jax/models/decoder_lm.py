@@ -104,6 +104,8 @@ class DecoderLMConfig:
                 f"model.moe_every is {self.moe_every}, which does not divide "
                 f"model.num_layers={self.num_layers}; use a divisor, or 0 for a dense model."
             )
+        if not self.init_scale > 0:
+            raise UserError(f"model.init_scale is {self.init_scale}; it must be above 0.")
         if self.head_width % 2:
             raise UserError(
                 f"model.head_width is {self.head_width}; rotary positions need an even width."

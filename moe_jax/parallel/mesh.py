@@ -29,8 +29,8 @@ class MeshConfig:
       model: devices along the tensor-parallel axis; divides heads and feed-forward widths.
       host_devices: how many devices the CPU backend pretends to have. Only read where the CPU is
         the default backend, and only before that backend starts.
-      fsdp_min_size: parameters with fewer elements stay replicated over `data` and `expert`,
-        because gathering a small array costs more time than holding it costs memory.
+      fsdp_min_size: parameters outside the experts with fewer elements stay whole over `data` and
+        `expert`, because gathering a small array costs more time than holding it costs memory.
     """
 
     data: int = 1

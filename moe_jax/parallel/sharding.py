@@ -17,7 +17,7 @@ MeshAxes = str | tuple[str, ...] | None
 
 # Dimensions that are split only to save memory (FSDP): a parameter too small to be worth the
 # gathering keeps them whole.
-FSDP_AXES: dict[str, MeshAxes] = {"embed": TOKEN_AXES, "expert_embed": (DATA,)}
+FSDP_AXES: dict[str, MeshAxes] = {"embed": TOKEN_AXES}
 
 MESH_AXES: dict[str, MeshAxes] = {
     **FSDP_AXES,
@@ -28,8 +28,8 @@ MESH_AXES: dict[str, MeshAxes] = {
     "qkv": None,
     "mlp": MODEL,
     "experts": EXPERT,
-    "router_width": None,  # Routers are small and needed whole by every shard.
-    "router_experts": None,
+    "expert_embed": DATA,  # FSDP too, always: the MoE layer gathers it itself.
+    "router": None,  # Routers are small and needed whole by every shard.
     "norm": None,
     "batch": TOKEN_AXES,
     "length": None,

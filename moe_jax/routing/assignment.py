@@ -60,6 +60,10 @@ class TokenChoice:
     capacity: int = dataclasses.field(metadata={"static": True})
 
 
+# What routers may answer; expert-choice and soft assignments join here.
+Assignment = TokenChoice
+
+
 @register
 @dataclasses.dataclass(frozen=True)
 class Mean:
@@ -77,7 +81,9 @@ class Mean:
     def of(cls, values: jax.Array, mask: jax.Array) -> "Mean":
         """Mean over the leading axis of `values` [S, ...] where `mask` [S] is True."""
         weights = mask.astype(jnp.float32)
-        return cls(jnp.tensordot(weights, values.astype(jnp.float32), axes=1), weights.sum())
+        # A sum of products and not a matrix product, which TPUs would round to bfloat16.
+        weighted = values.astype(jnp.float32) * weights.reshape(-1, *[1] * (values.ndim - 1))
+        return cls(weighted.sum(axis=0), weights.sum())
 
     def value(self) -> jax.Array:
         """total / count, and 0 where nothing was counted."""
@@ -90,12 +96,12 @@ class Routing:
     """A router's answer for one group.
 
     Attributes:
-      assignment: where tokens go; its type tells the dispatch what to do.
+      assignment: where tokens go; the dispatch reads it.
       losses: name -> Mean, before any coefficient.
       statistics: name -> Mean, without gradient.
     """
 
-    assignment: TokenChoice
+    assignment: Assignment
     losses: dict[str, Mean]
     statistics: dict[str, Mean]
 
@@ -123,7 +129,7 @@ class Router(Protocol):
         """Raises UserError where the fields cannot work with E experts."""
 
     def init(self, key: jax.Array, width: int, num_experts: int) -> dict[str, jax.Array]:
-        """The router's parameters, float32."""
+        """The router's parameters by name, float32, of any shapes; every device has them whole."""
 
     def route(
         self,

@@ -30,8 +30,11 @@ class Capacity:
     def validate(self) -> None:
         """Raises UserError for a factor that leaves no slot."""
         for name in ("train_factor", "evaluation_factor"):
-            if not getattr(self, name) > 0:
+            factor = getattr(self, name)
+            if not factor > 0:
                 raise UserError(
-                    f"capacity.{name} is {getattr(self, name)}, which gives experts no slot (zero "
-                    "capacity); use a factor above 0, such as 1.25."
+                    f"capacity.{name} is {factor}, which gives experts no slot (zero capacity); "
+                    "use a factor above 0, such as 1.25."
                 )
+            if not math.isfinite(factor):
+                raise UserError(f"capacity.{name} is {factor}; it must be a finite number.")

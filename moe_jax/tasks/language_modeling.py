@@ -82,8 +82,11 @@ class LanguageModeling:
         mask = jnp.broadcast_to(batch["mask"][:, None], tokens[:, 1:].shape)
         logits, _, _ = model(tokens[:, :-1], mask, Mode.EVALUATE)
         losses = (token_losses(logits, tokens[:, 1:]) * mask).sum(axis=1)
-        domains = jax.nn.one_hot(batch["domain"], num_domains)
-        return losses @ domains, mask.sum(axis=1).astype(jnp.float32) @ domains
+        counts = mask.sum(axis=1).astype(jnp.float32)
+        return (
+            jax.ops.segment_sum(losses, batch["domain"], num_domains),
+            jax.ops.segment_sum(counts, batch["domain"], num_domains),
+        )
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -35,6 +35,7 @@ PyTree = Any
 
 _MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"(\d+)(\.orbax-checkpoint-tmp.*)?")
+_OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")
 _HASH_CHUNK_BYTES = 1 << 20
 _CLEAN_UP_ATTEMPTS = 20
 _CLEAN_UP_PAUSE_SECONDS = 0.1
@@ -70,7 +71,7 @@ class Checkpoints:
     ) -> None:
         if keep < 1:
             raise UserError(
-                f"keep is {keep}, but at least 1 checkpoint must be kept for a run to resume from"
+                f"keep is {keep}, but at least 1 checkpoint must be kept for a run to resume from."
             )
         self._directory = _absolute(directory)
         self._keep = keep
@@ -106,13 +107,15 @@ class Checkpoints:
                 self._on_stage(Stage.COMMITTED, step)
                 _write_manifest(self._folder(step))
         except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError.
+            if isinstance(error, ValueError) and not _OS_ERROR_CODE.search(str(error)):
+                raise
             if jax.process_index() == 0:
                 self._clean_up_after_failure(step)
             good, _ = self._survey()
             raise UserError(
                 f"checkpoint step {step} could not be written to {self._directory}:"
                 f" {_reason(error)}; make room or allow writing there and start again"
-                f" (last good checkpoint: {_step_or_none(good)})"
+                f" (last good checkpoint: {_step_or_none(good)})."
             ) from error
         if jax.process_index() == 0:
             self._on_stage(Stage.DONE, step)
@@ -132,7 +135,7 @@ class Checkpoints:
             details = ", ".join(f"step {step}: {damage}" for step, damage in damages.items())
             raise UserError(
                 f"directory {self._directory} holds no undamaged checkpoint ({details}); bring back"
-                " a copy of one, or delete the directory to start from the beginning"
+                " a copy of one, or delete the directory to start from the beginning."
             )
         unfinished = {
             step: f"its save was interrupted and left no {_MANIFEST}"
@@ -162,9 +165,9 @@ class Checkpoints:
         """
         name = f"checkpoint step {step} in {self._directory}"
         if step not in self.steps():
-            raise UserError(f"{name} does not exist; the steps there are {self.steps()}")
+            raise UserError(f"{name} does not exist; the steps there are {self.steps()}.")
         if damage := _damage(self._folder(step)):
-            raise UserError(f"{name} is damaged, so use another of {self.steps()}: {damage}")
+            raise UserError(f"{name} is damaged, so use another of {self.steps()}: {damage}.")
         wanted = _named_leaves(abstract_state)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(self._folder(step)).item_metadata
@@ -329,12 +332,12 @@ def _check_same_leaves(name: str, saved: Mapping[str, Any], wanted: Mapping[str,
     for leaf in sorted(saved.keys() ^ wanted.keys()):
         where = "in this run's state" if leaf in wanted else f"in {name}"
         other = name if leaf in wanted else "this run's state"
-        raise UserError(f"leaf {leaf} is {where} but not in {other}; {advice}")
+        raise UserError(f"leaf {leaf} is {where} but not in {other}; {advice}.")
     for leaf, array in wanted.items():
         found, needed = _describe(saved[leaf]), _describe(array)
         if found != needed:
             raise UserError(
-                f"leaf {leaf} is {found} in {name}, but {needed} in this run's state; {advice}"
+                f"leaf {leaf} is {found} in {name}, but {needed} in this run's state; {advice}."
             )
 
 
@@ -360,7 +363,7 @@ def _reason(error: Exception) -> str:
     """The operating system's few words for a failure, also from inside TensorStore's message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    code = re.search(r"os_error_code='(\d+)'", str(error))
+    code = _OS_ERROR_CODE.search(str(error))
     return os.strerror(int(code.group(1))) if code else str(error)
 
 

@@ -9,6 +9,7 @@ from etils import epath
 from moe_jax import configuration
 from moe_jax.data.pipelines import TextData
 from moe_jax.data.tokenizers import ByteTokenizer
+from moe_jax.dispatch.gather import Gather
 from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoEConfig, number_of_groups
 from moe_jax.models.decoder_lm import DecoderLMConfig
@@ -74,6 +75,7 @@ class Experiment:
         """
         configuration.check_types(self)
         at_least = {
+            "seed": (self.seed, 0),
             "steps": (self.steps, 1),
             "logging.every": (self.logging.every, 1),
             "checkpoint.every": (self.checkpoint.every, 1),
@@ -129,6 +131,7 @@ COMPONENTS: tuple[type, ...] = (
     MoEConfig,
     TopK,
     Capacity,
+    Gather,
     LanguageModeling,
     TextData,
     AdamW,
@@ -164,14 +167,24 @@ def load(workdir: epath.PathLike) -> Experiment:
     return configuration.decode(read_record(workdir)["config"], COMPONENTS)
 
 
-def check_continues(workdir: epath.PathLike, config: Experiment) -> None:
-    """Checks that `config` may continue the run in `workdir`.
+def check_can_be_rebuilt(config: Experiment) -> None:
+    """Checks before training that `load` will understand the config.json of this run.
 
     Raises:
-      UserError: another field than the mesh, logging, checkpointing or steps differs; all that
-        differ are named.
+      UserError: a component's type is missing from COMPONENTS.
     """
-    old, new = read_record(workdir)["config"], configuration.encode(config)
+    configuration.decode(configuration.encode(config), COMPONENTS)
+
+
+def check_continues(workdir: epath.PathLike, config: Experiment, text_sha256: str) -> None:
+    """Checks that `config` and the text may continue the run in `workdir`.
+
+    Raises:
+      UserError: another field than the mesh, logging, checkpointing or steps differs (all that
+        differ are named), or the dataset has another text than the run began with.
+    """
+    record = read_record(workdir)
+    old, new = record["config"], configuration.encode(config)
     changed = [
         f"{path} (the run has {before!r}, you ask for {after!r})"
         for path, before, after in configuration.differences(old, new)
@@ -181,4 +194,10 @@ def check_continues(workdir: epath.PathLike, config: Experiment) -> None:
         raise UserError(
             f"workdir {workdir} holds another run: {', '.join(changed)}; use a new --workdir or the "
             "run's values."
+        )
+    if record["dataset"]["sha256"] != text_sha256:
+        raise UserError(
+            f"data.dataset {config.data.dataset} now has the sha256 {text_sha256[:12]}, but the run "
+            f"in {workdir} began with {record['dataset']['sha256'][:12]}; use a new --workdir or "
+            "prepare the text of that run."
         )

@@ -74,6 +74,7 @@ class Run:
           UserError: the config cannot work on these devices.
         """
         config.validate()
+        experiment.check_can_be_rebuilt(config)
         force_host_devices(config.mesh.host_devices)
         mesh = make_mesh(config.mesh)
         definition = ModelDefinition.of(config.model)
@@ -84,9 +85,7 @@ class Run:
 
     def initial_state(self) -> TrainState:
         """Step 0."""
-        return initial_state(
-            self.config.model, self.definition, self.optimizer, self.config.seed, self.shardings
-        )
+        return initial_state(self.config.model, self.optimizer, self.config.seed, self.shardings)
 
     def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
         """The state of a checkpoint, laid out for this run's mesh."""
@@ -163,12 +162,22 @@ def train(
     run = Run.build(config)
     workdir = epath.Path(workdir)
     data = TextPipeline(config.data, config.seed)
-    evaluate = Evaluator(run, data, "validation", config.evaluation.batches)
+    evaluate = Evaluator(run, data, config.data.held_out_split, config.evaluation.batches)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, on_stage)
     with jax.set_mesh(run.mesh):
         if (workdir / experiment.CONFIG_FILE).exists():
-            experiment.check_continues(workdir, config)
+            experiment.check_continues(workdir, config, data.train.sha256)
+        elif checkpoints.steps():
+            raise UserError(
+                f"workdir {workdir} has checkpoints but no {experiment.CONFIG_FILE}, so it cannot be "
+                "continued; bring the file back or use a new --workdir."
+            )
         step = checkpoints.newest_good() or 0
+        if step > config.steps:
+            raise UserError(
+                f"steps is {config.steps}, but the run in {workdir} has done {step} already; ask "
+                "for more, or use a new --workdir."
+            )
         state = run.restore(checkpoints, step) if step else run.initial_state()
         _write_config(run, workdir, data)
         _LOG.info(
@@ -179,10 +188,25 @@ def train(
             config.mesh,
             workdir,
         )
-        _Loop(run, data, evaluate, checkpoints, workdir).go(state, step)
+        if step < config.steps:
+            _Loop(run, data, evaluate, checkpoints, workdir).go(state, step)
+        else:
+            _evaluate_finished(state, step, evaluate, workdir)
     records = metrics.read(workdir)
     figures.save_run_report(records, config.model.moe_layers, str(workdir), workdir / "report.png")
     return records
+
+
+def _evaluate_finished(
+    state: TrainState, step: int, evaluate: Evaluator, workdir: epath.Path
+) -> None:
+    """Adds the final evaluation where --steps names the step at which a run was stopped."""
+    last = metrics.read(workdir)[-1:]
+    record = last[0] if last and last[0]["step"] == step else {"step": step}
+    if "eval/loss" not in record:
+        writer = metrics.MetricsWriter(workdir, step - 1)
+        writer.write({**record, **evaluate(state.parameters)})
+        writer.close()
 
 
 def _write_config(run: Run, workdir: epath.Path, data: TextPipeline) -> None:
@@ -221,11 +245,12 @@ class _Loop:
         )
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(run.shardings, None))
         self.last_good = 0
+        self.checked = 0
 
     def go(self, state: TrainState, start: int) -> None:
         """Steps `start` + 1 to the last one."""
         config = self.run.config
-        self.last_good = start
+        self.last_good = self.checked = start
         writer = metrics.MetricsWriter(self.workdir, start)
         clock = _Clock(config.data.batch_size * config.data.sequence_length)
         previous: dict[str, Any] | None = None
@@ -251,7 +276,7 @@ class _Loop:
                         self._save(step, state, step_metrics)
                         clock.restart()
                     bar.update()
-                    if stop:
+                    if stop and step < config.steps:
                         self._save(step, state, step_metrics)
                         raise Interrupted(
                             f"stopped at step {step} of {config.steps} and saved; run the same "
@@ -289,7 +314,10 @@ class _Loop:
         self.last_good = step
 
     def _check_finite(self, step: int, step_metrics: dict[str, Any] | None) -> None:
-        if step_metrics is None or bool(step_metrics["finite"]):
+        if step_metrics is None or step == self.checked:
+            return
+        self.checked = step
+        if bool(step_metrics["finite"]):
             return
         if self.run.config.skip_nonfinite:
             _LOG.warning("step %d: loss or gradient is not finite; its update is skipped", step)

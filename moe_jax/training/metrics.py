@@ -1,6 +1,7 @@
 """Metrics of a run: one JSON object per logged step in metrics.jsonl, and TensorBoard events."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -36,6 +37,7 @@ class MetricsWriter:
 
     def write(self, record: Record) -> None:
         """Writes one step's record to disk before it returns."""
+        record = {name: _null_if_not_finite(value) for name, value in record.items()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -47,6 +49,11 @@ class MetricsWriter:
         """Closes both files."""
         self._file.close()
         self._events.close()
+
+
+def _null_if_not_finite(value: Any) -> Any:
+    """JSON has no NaN; a skipped step may have one."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(workdir: epath.PathLike) -> list[Record]:

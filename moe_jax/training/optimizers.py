@@ -9,7 +9,7 @@ import optax
 
 from moe_jax.errors import UserError
 
-# Dimensions of a matrix that the forward pass multiplies with; scales and tables have none.
+# Dimensions that only norm scales and embedding tables have.
 _NOT_DECAYED = ("norm", "vocabulary")
 
 
@@ -71,7 +71,10 @@ class AdamW:
             raise UserError(
                 f"optimizer.warmup_steps is {self.warmup_steps}; it must be at least 1."
             )
-        for name in ("weight_decay", "clip_norm"):
+        for name in ("b1", "b2", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1].")
+        for name in ("weight_decay", "clip_norm", "epsilon"):
             if getattr(self, name) < 0:
                 raise UserError(
                     f"optimizer.{name} is {getattr(self, name)}; it must be at least 0."

@@ -33,7 +33,6 @@ class TrainState:
 
 def initial_state(
     model_config: Any,
-    definition: ModelDefinition,
     optimizer: optax.GradientTransformation,
     seed: int,
     shardings: TrainState,
@@ -41,7 +40,7 @@ def initial_state(
     """Draws parameters; the numbers depend on the seed and not on the mesh."""
 
     def create() -> TrainState:
-        model = model_config.build(jax.random.key(seed))
+        model = model_config.build(jax.random.fold_in(jax.random.key(seed), 0))
         parameters = nnx.to_pure_dict(nnx.state(model))
         return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
 

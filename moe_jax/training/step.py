@@ -32,7 +32,7 @@ def train_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(noise_key(seed), state.step)
 
         def loss(parameters: Any) -> tuple[jax.Array, dict[str, Any]]:
             return task.training_loss(definition.merge(parameters), batch, key)
@@ -52,6 +52,11 @@ def train_step(
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
     return step
+
+
+def noise_key(seed: int) -> jax.Array:
+    """Key of all dropout and router noise; another one than the parameters are drawn with."""
+    return jax.random.fold_in(jax.random.key(seed), 1)
 
 
 def evaluation_step(

@@ -62,7 +62,7 @@ def test_axis_size(mesh):
 
 def test_parameter_shardings_name_the_parameter(mesh):
     shapes = {"layer": {"good": jnp.zeros((4, 8)), "bad": jnp.zeros((4, 7))}}
-    axes = {"layer": {"good": ("router_width", "mlp"), "bad": ("router_width", "mlp")}}
+    axes = {"layer": {"good": ("router", "mlp"), "bad": ("router", "mlp")}}
     with pytest.raises(UserError, match="parameter layer/bad has 7"):
         parameter_shardings(shapes, axes, mesh, fsdp_min_size=0)
     good = parameter_shardings(shapes["layer"]["good"], axes["layer"]["good"], mesh, 0)

@@ -27,7 +27,7 @@ def test_only_matrices_decay():
         "norm": ("layers", "norm"),
         "table": ("vocabulary", "embed"),
         "w": ("layers", "experts", "expert_embed", "mlp"),
-        "router": ("router_width", "router_experts"),
+        "router": ("router", "router"),
     }
     assert weight_decay_mask(axes) == {
         "norm": False, "table": False, "w": True, "router": True,

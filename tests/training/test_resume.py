@@ -26,7 +26,6 @@ def start(data_dir, workdir, *where) -> subprocess.Popen:
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, "tests/training/run_and_die.py", data_dir, str(workdir), *where]
     return subprocess.Popen(

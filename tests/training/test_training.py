@@ -16,6 +16,7 @@ from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.training import experiment, loop, metrics
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.loop import Evaluator, Run
+from moe_jax.training.step import noise_key
 from moe_jax.training.trained import Trained
 from tests.tiny import tiny_config
 
@@ -76,7 +77,7 @@ def test_a_run_leaves_what_the_readme_names(finished):
     assert record["versions"]["jax"] == jax.__version__
     rebuilt = experiment.load(workdir)
     assert rebuilt.steps == 120 and rebuilt.model.moe.router.jitter == 0.01
-    assert rebuilt.mesh == MeshConfig(data=2, expert=2, fsdp_min_size=64)
+    assert rebuilt.mesh == MeshConfig(data=2, expert=4, fsdp_min_size=64)
     assert [r["step"] for r in records] == list(range(10, 121, 10))
     names = set(records[-1])
     assert {"train/loss", "train/learning_rate", "time/tokens_per_second", "eval/loss"} <= names
@@ -176,7 +177,7 @@ def test_nonfinite_steps_are_skipped_on_request(data_dir, tmp_path, caplog):
 
         def broken_at_step_3(self, model, batch, key):
             loss, step_metrics = original(self, model, batch, key)
-            third = jax.random.fold_in(jax.random.key(config.seed), 2)
+            third = jax.random.fold_in(noise_key(config.seed), 2)
             same = (jax.random.key_data(key) == jax.random.key_data(third)).all()
             bad = jax.numpy.where(same, jax.numpy.nan, 1.0)
             return loss * bad, {**step_metrics, "loss": step_metrics["loss"] * bad}

@@ -5,10 +5,13 @@ import collections
 import pathlib
 import platform
 import re
+import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator
 from typing import Any
+
+import tensorflow_datasets as tfds
 
 from moe_jax.data.builders.labelled_text import Document, LabelledTextBuilder
 
@@ -70,6 +73,7 @@ class PythonLibrary(LabelledTextBuilder):
     Licence: PSF-2.0.
     """
 
+    VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))  # Its text is Python's.
     BLOCK_BYTES = 8_000
     SUMMARY = "Standard library sources and language reference, labelled by package."
 
