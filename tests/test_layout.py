@@ -91,7 +91,13 @@ def test_readme_python_runs():
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert blocks
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        names: dict = {}
+        exec(compile(block, "README.md", "exec"), names)
+        names["get_config"]().validate()
+
+
+def test_readme_has_no_gaps():
+    assert "@@" not in README
 
 
 def test_readme_links_lead_somewhere():

@@ -30,7 +30,8 @@ SMALL = [
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"
     }  # fmt: skip
     return subprocess.run(
         [sys.executable, f"experiments/{name}.py", *arguments],

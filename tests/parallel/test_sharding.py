@@ -43,15 +43,17 @@ def test_an_indivisible_dimension_is_an_error(mesh, size, position):
 
 
 def test_small_parameters_are_not_split_to_save_memory(mesh):
-    def spec(fsdp_min_size, axes=EXPERT_AXES, shape=(8, 4, 4)):
+    def spec(fsdp_min_size, axes=("embed", "mlp"), shape=(16, 8)):
         return parameter_spec("w", shape, axes, mesh, fsdp_min_size)
 
-    assert spec(128) == PartitionSpec("expert", ("data",), "model")
-    assert spec(129) == PartitionSpec("expert", None, "model")
+    assert spec(128) == PartitionSpec(("data", "expert"), "model")
+    assert spec(129) == PartitionSpec(None, "model")
     # The stacking axis does not make a parameter large: each layer is gathered by itself.
-    assert spec(129, ("layers", *EXPERT_AXES), (10, 8, 4, 4))[2] is None
+    assert spec(129, ("layers", "embed", "mlp"), (10, 16, 8)) == PartitionSpec(None, None, "model")
     # A small parameter need not be divisible.
-    assert spec(129, shape=(8, 3, 4)) == PartitionSpec("expert", None, "model")
+    assert spec(129, shape=(15, 8)) == PartitionSpec(None, "model")
+    # Experts are always split, as the MoE layer expects.
+    assert spec(10**9, EXPERT_AXES, (8, 4, 4)) == PartitionSpec("expert", "data", "model")
 
 
 def test_axis_size(mesh):

@@ -21,11 +21,13 @@ from tests.tiny import tiny_config
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def start(data_dir, workdir, *where) -> subprocess.Popen:
+def start(data_dir, workdir, *where, optimized=False) -> subprocess.Popen:
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized)),
     }
     command = [sys.executable, "tests/training/run_and_die.py", data_dir, str(workdir), *where]
     return subprocess.Popen(
@@ -38,8 +40,8 @@ def start(data_dir, workdir, *where) -> subprocess.Popen:
     )
 
 
-def run(data_dir, workdir, *where) -> int:
-    process = start(data_dir, workdir, *where)
+def run(data_dir, workdir, *where, optimized=False) -> int:
+    process = start(data_dir, workdir, *where, optimized=optimized)
     _, errors = process.communicate(timeout=300)
     assert process.returncode in (0, -signal.SIGKILL), errors
     return process.returncode
@@ -104,13 +106,15 @@ def test_sigterm_saves_and_exits_cleanly(uninterrupted, data_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(uninterrupted, data_dir, tmp_path):
+def test_killed_at_random_moments_as_users_compile(data_dir, tmp_path_factory):
+    reference, tmp_path = tmp_path_factory.mktemp("reference"), tmp_path_factory.mktemp("killed")
+    assert run(data_dir, reference, optimized=True) == 0
     draw = random.Random(0)
     kills = 0
     for _ in range(30):
-        process = start(data_dir, tmp_path)
+        process = start(data_dir, tmp_path, optimized=True)
         try:
-            process.communicate(timeout=draw.uniform(3, 14))
+            process.communicate(timeout=draw.uniform(3, 20))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -119,8 +123,8 @@ def test_killed_at_random_moments(uninterrupted, data_dir, tmp_path):
         assert process.returncode == 0
         break
     assert kills
-    assert run(data_dir, tmp_path) == 0
-    assert_same_run(tmp_path, uninterrupted, data_dir)
+    assert run(data_dir, tmp_path, optimized=True) == 0
+    assert_same_run(tmp_path, reference, data_dir)
 
 
 def test_a_finished_run_stays_as_it_is(uninterrupted, data_dir):
