@@ -19,7 +19,7 @@ from moe_jax.routing.assignment import TokenChoice
 
 @dataclasses.dataclass
 class Gather:
-    """`apply` as a component of a config."""
+    """Dispatch, exchange, experts, exchange, combine; a component of a config."""
 
     def apply(
         self,
@@ -30,39 +30,14 @@ class Gather:
         num_experts: int,
         axis: str,
     ) -> jax.Array:
-        """See `moe_jax.dispatch.interface.Dispatch`."""
-        return apply(x, assignment, token_index, experts, num_experts, axis)
-
-
-def apply(
-    x: jax.Array,
-    assignment: TokenChoice,
-    token_index: jax.Array,
-    experts: Experts,
-    num_experts: int,
-    axis: str,
-) -> jax.Array:
-    """Runs every token through its experts: dispatch, exchange, experts, exchange, combine.
-
-    Args:
-      x: [G, S, d] this device's tokens.
-      assignment: TokenChoice lifted over G.
-      token_index: [G, S] int32 index of each token in the global batch.
-      experts: the feed-forward networks of this device's experts.
-      num_experts: E.
-      axis: mesh axis the experts are split over.
-
-    Returns:
-      [G, S, d]: for each token the gate-weighted sum of its experts' outputs, 0 where all its
-      assignments were dropped.
-    """
-    table = jax.vmap(slot_table, in_axes=(0, None))(assignment, num_experts)
-    rows = exchange.to_expert_owners(jax.vmap(fill)(x, table), axis)
-    # Only read where an expert draws random numbers; otherwise the compiler removes this exchange.
-    rows_index = exchange.to_expert_owners(jax.vmap(fill)(token_index, table), axis)
-    outputs = experts(rows, rows_index)
-    buffers = exchange.from_expert_owners(outputs, axis, x.shape[0], assignment.capacity)
-    return jax.vmap(combine)(buffers, assignment)
+        """See `moe_jax.dispatch.interface.Dispatch`: [G, S, d] to [G, S, d]."""
+        table = jax.vmap(slot_table, in_axes=(0, None))(assignment, num_experts)
+        rows = exchange.to_expert_owners(jax.vmap(fill)(x, table), axis)
+        # Only read where an expert draws random numbers; otherwise the compiler removes this.
+        rows_index = exchange.to_expert_owners(jax.vmap(fill)(token_index, table), axis)
+        outputs = experts(rows, rows_index)
+        buffers = exchange.from_expert_owners(outputs, axis, x.shape[0], assignment.capacity)
+        return jax.vmap(combine)(buffers, assignment)
 
 
 def slot_table(assignment: TokenChoice, num_experts: int) -> jax.Array:

@@ -33,7 +33,7 @@ def apply(x, experts, gates, mask, w_in, w_out, cotangent, num_experts, capacity
                 hidden = jax.nn.relu(jnp.einsum("erd,edf->erf", rows, w_in))
                 return jnp.einsum("erf,efd->erd", hidden, w_out)
 
-            return gather.apply(
+            return gather.Gather().apply(
                 x[None], *jax.tree.map(lambda a: a[None], (assignment, token_index)),
                 feed_forward, num_experts, EXPERT,
             )[0]  # fmt: skip
