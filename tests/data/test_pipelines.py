@@ -144,7 +144,10 @@ def test_lm1b_by_name(tmp_path, monkeypatch):
     [
         ({"sequence_length": 0}, "data.sequence_length is 0; it must be at least 1"),
         ({"batch_size": -1}, "data.batch_size is -1; it must be at least 1"),
-        ({"domain_weights": {"fruit": 0.0}}, r"domain_weights\['fruit'\]=0.0 must be a positive"),
+        (
+            {"domain_weights": {"fruit": 0.0}},
+            r"domain_weights\['fruit'\] is 0.0; it must be a positive",
+        ),
         ({"domain_weights": {"fish": 1.0}}, "names 'fish', .* its domains are fruit, metal, tree"),
         ({"domain_feature": "topic"}, "domain_feature='topic' is not a feature"),
         ({"sequence_length": 10**6}, "sequence_length=1000000 is longer than the text of every"),

@@ -1,6 +1,7 @@
 import concurrent.futures
 import multiprocessing
 import os
+import platform
 import shutil
 
 import pytest
@@ -142,4 +143,4 @@ def test_two_preparations_at_once(tmp_path):
         first, second = (task.result() for task in tasks)
     assert first.directory == second.directory
     assert first.file_sha256 == second.file_sha256
-    assert [path.name for path in first.directory.parent.iterdir()] == ["1.0.0"]
+    assert [path.name for path in first.directory.parent.iterdir()] == [platform.python_version()]
