@@ -21,7 +21,7 @@ B, L, D, F, E, S = 8, 16, 32, 64, 8, 16
 C = 4  # S * K * factor / E with K = 2 and factor 1.
 COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<name>all-to-all|all-gather|all-reduce|reduce-scatter|"
-    r"collective-permute)(?:-start)?\(.*?replica_groups=(?P<groups>\{\{.*?\}\}|\[[\d,]+\])"
+    r"collective-permute)(?:-start)?\(.*?replica_groups=(?P<groups>\{\{.*?\}\}|\[[\d,]+\]|mesh\[.*?\] \{.*?\})"
 )
 
 
@@ -33,17 +33,22 @@ class Collective:
     elements: int
 
 
+def members(groups):
+    """Devices that talk to each other, in the three ways that XLA's versions write groups."""
+    if groups.startswith("{"):  # {{0,1,2,3},{4,5,6,7}}
+        return groups[2:].split("}")[0].count(",") + 1
+    if groups.startswith("["):  # [2,4]: two groups of four
+        return int(groups[1:-1].split(",")[-1])
+    mesh, axes = groups.split("]")  # mesh['data'=2,'expert'=4,'model'=1] {'data','expert'}
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
+    return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes))
+
+
 def collectives(hlo):
     """The collectives of a compiled program, without those that stay on one device."""
     found = []
     for match in COLLECTIVE.finditer(hlo):
-        groups = match["groups"]
-        members = (
-            groups[2:].split("}")[0].count(",") + 1
-            if groups.startswith("{")
-            else int(groups[1:-1].split(",")[-1])
-        )
-        if members > 1:
+        if members(match["groups"]) > 1:
             shapes = re.findall(r"\w+\[([\d,]*)\]", match["result"])
             sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
             found.append(Collective(match["name"], sum(sizes)))

@@ -346,7 +346,7 @@ def test_operating_system_refuses_to_write(tmp_path):
     )
     assert child.stdout == (
         f"checkpoint step 40 could not be written to {tmp_path}: File too large; make room or"
-        " allow writing there and start again (last good checkpoint: step 20)\n"
+        " allow writing there and start again (last good checkpoint: step 20).\n"
         "['20'] 20\n"
     )
 
@@ -359,7 +359,7 @@ def test_full_disk_at_the_manifest(two_saved, tmp_path, monkeypatch):
         patch.setattr(type(epath.Path(tmp_path)), "write_text", fail)
         two_saved.save(60, _state(60))
     assert f"step 60 could not be written to {tmp_path}: No space left" in str(error.value)
-    assert str(error.value).endswith("(last good checkpoint: step 40)")
+    assert str(error.value).endswith("(last good checkpoint: step 40).")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["20", "40"]
     two_saved.save(60, _state(60))
     assert two_saved.newest_good() == 60
