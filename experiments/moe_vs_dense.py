@@ -58,7 +58,7 @@ class Trial:
         return [
             sys.executable,
             str(_EXPERIMENTS / "train.py"),
-            *(argument for argument in sys.argv[1:] if argument.startswith("--config")),
+            *_config_arguments(),
             *twin,
             f"--workdir={self.workdir}",
             f"--config.optimizer.learning_rate={self.learning_rate}",
@@ -141,6 +141,11 @@ def main() -> None:
     print(f"table, figures and picture are in {output}; runs in {_WORKDIR.value}")
 
 
+def _config_arguments() -> list[str]:
+    """What the user changed in the config, to be passed on to every run."""
+    return [argument for argument in sys.argv[1:] if argument.startswith("--config")]
+
+
 def _train(trial: Trial, steps: int, bar: tqdm) -> None:
     bar.set_description(str(trial.workdir.name))
     trial.train(steps)
@@ -175,7 +180,7 @@ def _result(config: Experiment, chosen: Mapping[str, float]) -> dict[str, Any]:
         "verdict": _verdict(gap, error),
         "tokens": config.steps * config.data.batch_size * config.data.sequence_length,
         "seeds": SEEDS,
-        "command": "python experiments/moe_vs_dense.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python experiments/moe_vs_dense.py", *_config_arguments()]),
         "commit": first["commit"],
         "dataset": first["dataset"],
         "hardware": provenance.machine(),
