@@ -208,14 +208,14 @@ def test_debian_text_from_package_clients(tmp_path, monkeypatch, capfd):
 
 
 def test_a_download_that_fails_names_a_dataset_that_works(tmp_path, monkeypatch):
-    failing = "echo 'E: Could not connect to deb.debian.org.' >&2; exit 100"
+    failing = "echo 'E: Could not connect to mirror.example.' >&2; exit 100"
     scripts = {"apt-get": failing, "dpkg-deb": failing, "npm": failing}
     _install_clients(tmp_path / "bin", scripts, monkeypatch)
     with pytest.raises(UserError) as raised:
         prepare_dataset("debian_text", str(tmp_path / "data"))
     assert str(raised.value) == (
         "dataset=debian_text could not be prepared, because 'apt-get update' failed "
-        "(E: Could not connect to deb.debian.org); dataset=python_library needs no download and "
+        "(E: Could not connect to mirror.example); dataset=python_library needs no download and "
         "works here."
     )
     assert not list((tmp_path / "data").glob("downloads/debian_text/*"))
