@@ -4,6 +4,8 @@ Axis letters: S tokens in a group, K choices per token, E experts.
 
 Per layer and step this adds E + 7 floats to one all-reduce and about S * E * 4 operations per
 group for the entropy and the counts, against S * d * f * 4 of the experts.
+A step of configs/quickstart.py took 1.02 times as long with them on one CPU device and 0.99 on eight
+(medians of 57 interleaved pairs, quartiles 0.94 to 1.07): not resolved from 1.
 """
 
 import jax
