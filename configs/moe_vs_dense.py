@@ -1,9 +1,9 @@
 """A Switch-style decoder on the 14 domains of debian_text, sized for two CPU cores.
 
-8 experts in every block, top-1, capacity factor 1.25, load-balancing loss 1e-2. The gates are scaled
-by 8 (DeepSeek-V2's routed scaling factor): a top-1 gate starts near 1/8, and without the factor so
-does every expert's output beside a dense layer's. Run by experiments/moe_vs_dense.py, which derives
-the dense twin and sweeps the learning rate of both.
+8 experts in every block, top-1, capacity factor 1.25, load-balancing loss 1e-2. Unlike Switch's, the
+gates are multiplied by 8 (DeepSeek-V2's routed scaling factor), so that an expert's output starts as
+large as the dense twin's. Run by experiments/moe_vs_dense.py, which derives the dense twin and sweeps
+the learning rate of both.
 """
 
 from moe_jax.data.pipelines import TextData

@@ -1,8 +1,9 @@
 """A small Switch-style decoder on Python's own library and documentation.
 
 8 experts, top-1 routing, capacity factor 1.25, load-balancing loss 1e-2 (Fedus et al. 2021), on 8
-host devices as data=2 x expert=4. The gates are scaled by 8, because a top-1 gate starts near 1/8
-and every expert's output with it; in the two minutes of a quickstart that would be most of the story.
+host devices as data=2 x expert=4. Unlike Switch's, the gates are multiplied by 8 (DeepSeek-V2's routed
+scaling factor), so that an expert's output starts as large as the dense twin's: a top-1 gate starts
+near 1/8.
 """
 
 from moe_jax.data.pipelines import TextData
