@@ -2,13 +2,14 @@
 
 Axis letters
   S tokens in a group        K choices per token      E experts
-  C slots per expert         d model width
+  C slots per expert         P slots per expert in Soft MoE
+  d model width
 Everything here and in the routers is written for ONE group; callers lift it over groups with
 `jax.vmap`, and no result depends on how groups are laid out over devices.
 """
 
+import abc
 import dataclasses
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,11 @@ class RouterInputs:
       mask: [S] bool, False for padding: it takes no slot and enters no loss or statistic.
       token_ids: [S] int32 vocabulary ids (hash routers).
       positions: [S] int32 positions within their sequences.
-      sequence_ids: [S] int32, equal for tokens of one sequence (sequence-wise losses).
-      key: PRNG key of this group, layer and step, or None when nothing is random. It is folded
-        with the global index of the group, so draws do not depend on the mesh.
+      sequence_ids: [S] int32, equal for tokens of one sequence, which are consecutive
+        (sequence-wise losses).
+      key: PRNG key of this group, layer and step. It is folded with the global index of the group,
+        so draws do not depend on the mesh. In evaluation it is the same in every step and layer.
+      shared_key: PRNG key of this layer and step, the same for all groups.
       train: whether exploration noise and other training-only behaviour is on.
     """
 
@@ -37,17 +40,19 @@ class RouterInputs:
     token_ids: jax.Array
     positions: jax.Array
     sequence_ids: jax.Array
-    key: jax.Array | None
+    key: jax.Array
+    shared_key: jax.Array
     train: bool = dataclasses.field(metadata={"static": True})
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class TokenChoice:
-    """Each token chose K experts.
+class TokenAssignment:
+    """Each token chose up to K experts.
 
     Attributes:
-      experts: [S, K] int32 chosen experts.
+      experts: [S, K] int32 chosen experts, the first choice first; E (out of range) where a token
+        made fewer than K choices.
       slots: [S, K] int32 slot in the chosen expert's buffer; `capacity` if the assignment was
         dropped. Out of range on the high side on purpose: -1 would wrap around.
       gates: [S, K] float32 weights of the experts' outputs.
@@ -60,8 +65,35 @@ class TokenChoice:
     capacity: int = dataclasses.field(metadata={"static": True})
 
 
-# What routers may answer; expert-choice and soft assignments join here.
-Assignment = TokenChoice
+@register
+@dataclasses.dataclass(frozen=True)
+class ExpertAssignment:
+    """Each expert chose up to C tokens.
+
+    Attributes:
+      tokens: [E, C] int32 chosen tokens, the most wanted first; S (out of range) in empty slots.
+      gates: [E, C] float32 weights of the outputs; 0 in empty slots.
+    """
+
+    tokens: jax.Array
+    gates: jax.Array
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class SoftAssignment:
+    """Each slot takes a weighted mean of all tokens, each token one of all slots (Soft MoE).
+
+    Attributes:
+      dispatch: [S, E, P] float32 weight of each token in each slot's input.
+      combine: [S, E, P] float32 weight of each slot's output in each token's output.
+    """
+
+    dispatch: jax.Array
+    combine: jax.Array
+
+
+Assignment = TokenAssignment | ExpertAssignment | SoftAssignment
 
 
 @register
@@ -85,6 +117,12 @@ class Mean:
         weighted = values.astype(jnp.float32) * weights.reshape(-1, *[1] * (values.ndim - 1))
         return cls(weighted.sum(axis=0), weights.sum())
 
+    @classmethod
+    def of_group(cls, value: jax.Array, mask: jax.Array) -> "Mean":
+        """One number per group: groups weigh alike, and a group of padding only not at all."""
+        real = mask.any()
+        return cls(jnp.where(real, value, 0.0), real.astype(jnp.float32))
+
     def value(self) -> jax.Array:
         """total / count, and 0 where nothing was counted."""
         return self.total / jnp.maximum(self.count, 1.0)
@@ -97,45 +135,76 @@ class Routing:
 
     Attributes:
       assignment: where tokens go; the dispatch reads it.
+      probabilities: [S, E] float32, rows sum to 1: how the router spreads each token over the
+        experts before it decides; for study, without gradient.
       losses: name -> Mean, before any coefficient.
       statistics: name -> Mean, without gradient.
     """
 
     assignment: Assignment
+    probabilities: jax.Array
     losses: dict[str, Mean]
     statistics: dict[str, Mean]
 
 
-class Router(Protocol):
+Arrays = dict[str, jax.Array]
+
+
+@dataclasses.dataclass
+class Router(abc.ABC):
     """The contract: a configuration object with pure methods.
 
-    A new router is one dataclass with these members and a line in a config
-    (`config.model.moe.router = MyRouter()`); no caller changes.
+    A new router is a dataclass that inherits from this one, says how it routes, and overrides what
+    differs from the defaults here: no parameters, no losses, causal, one expert per token.
     """
 
     @property
-    def causal(self) -> bool:
-        """Whether a token's output never depends on later tokens of its sequence."""
+    def choices(self) -> int:
+        """K, experts per token; capacity rules and FLOP counts read it."""
+        return 1
+
+    def experts_per_token(self, tokens: int, num_experts: int, capacity: int) -> float:
+        """Expert evaluations per token that the papers count, in groups of S tokens."""
+        return self.choices
+
+    def buffer_slots(self, capacity: int) -> int:
+        """Slots of each expert's buffer where the capacity policy says C."""
+        return capacity
 
     @property
-    def choices(self) -> int:
-        """K, experts per token."""
+    def leak(self) -> str | None:
+        """What a token's output tells of later tokens, as a clause; None for a causal router."""
+        return None
 
     @property
     def loss_weights(self) -> dict[str, float]:
         """Coefficient of each entry of `Routing.losses`."""
+        return {}
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError where the fields cannot work with E experts."""
 
-    def init(self, key: jax.Array, width: int, num_experts: int) -> dict[str, jax.Array]:
-        """The router's parameters by name, float32, of any shapes; every device has them whole."""
+    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+        """Trained parameters by name, float32, of any shapes; every device has them whole."""
+        return {}
 
+    def init_state(self, num_experts: int) -> Arrays:
+        """Arrays that no gradient trains (an expert bias), by other names than the parameters."""
+        return {}
+
+    @abc.abstractmethod
     def route(
-        self,
-        parameters: dict[str, jax.Array],
-        inputs: RouterInputs,
-        num_experts: int,
-        capacity: int,
+        self, parameters: Arrays, inputs: RouterInputs, num_experts: int, capacity: int
     ) -> Routing:
-        """Routes one group."""
+        """Routes one group.
+
+        Args:
+          parameters: what `init` and `init_state` made, as they are now.
+          inputs: the group.
+          num_experts: E.
+          capacity: C, at most S.
+        """
+
+    def next_state(self, state: Arrays, statistics: Arrays) -> Arrays:
+        """The state after a training step, from the statistics of the whole global batch."""
+        return state

@@ -1,31 +1,111 @@
-"""How many slots an expert's buffer has.
+"""How many slots an expert's buffer has, by the rules of the papers and their code.
 
 Axis letters: S tokens in a group, K choices per token, E experts, C slots per expert.
 """
 
 import dataclasses
+import enum
 import math
+from collections.abc import Callable
 
 from moe_jax.errors import UserError
 
 
+class CapacityRule(enum.StrEnum):
+    """C as a function of S, K, E and the capacity factor cf.
+
+    SWITCH: ceil(S K cf / E) (Switch eq. 3, where K is 1).
+    MESH: max(min(S, int(S cf / E)), 4); K is left out (Mesh TensorFlow: Switch, ST-MoE).
+    FLAXFORMER: max(round(S cf / E), 4), halves to even; K is left out.
+    PRAXIS: int(S cf / E); K is left out, and there is no minimum (GLaM).
+    GSHARD: ceil(2 S cf / E): the paper's 2 S / E at cf = 1.
+    VMOE_CEIL: ceil(S K cf / E), then up to a multiple of 4 (vmoe).
+    VMOE_ROUND: round(S K cf / E), halves to even, then up to a multiple of 4 (V-MoE's paper).
+    EXPERT_CHOICE: ceil(S cf / E), where cf is the mean number of experts per token.
+    SOFT_MOE: round(S cf / E), halves to even: slots P per expert of Soft MoE.
+    DEEPSPEED: max(ceil(S K cf / E), 4).
+    NO_DROPS: S: a buffer that no routing can fill (cf is not read). Costs E times the memory of
+      a dense layer.
+    """
+
+    SWITCH = "switch"
+    MESH = "mesh"
+    FLAXFORMER = "flaxformer"
+    PRAXIS = "praxis"
+    GSHARD = "gshard"
+    VMOE_CEIL = "vmoe_ceil"
+    VMOE_ROUND = "vmoe_round"
+    EXPERT_CHOICE = "expert_choice"
+    SOFT_MOE = "soft_moe"
+    DEEPSPEED = "deepspeed"
+    NO_DROPS = "no_drops"
+
+
+def slots_by_rule(
+    rule: CapacityRule, tokens: int, choices: int, num_experts: int, factor: float
+) -> int:
+    """The reference's number, which may be 0 or above S.
+
+    Args:
+      rule: whose.
+      tokens: S.
+      choices: K.
+      num_experts: E.
+      factor: cf.
+    """
+    # Rounded first, so that 100 * 1.1 / 10 = 11.000000000000002 does not round up to 12.
+    share = round(tokens * factor / num_experts, 6)
+    all_choices = round(tokens * choices * factor / num_experts, 6)
+    rules: dict[CapacityRule, Callable[[], int]] = {
+        CapacityRule.SWITCH: lambda: math.ceil(all_choices),
+        CapacityRule.MESH: lambda: max(min(tokens, int(share)), 4),
+        CapacityRule.FLAXFORMER: lambda: max(round(share), 4),
+        CapacityRule.PRAXIS: lambda: int(share),
+        CapacityRule.GSHARD: lambda: math.ceil(2 * share),
+        CapacityRule.VMOE_CEIL: lambda: _up_to_multiple(math.ceil(all_choices), 4),
+        CapacityRule.VMOE_ROUND: lambda: _up_to_multiple(round(all_choices), 4),
+        CapacityRule.EXPERT_CHOICE: lambda: math.ceil(share),
+        CapacityRule.SOFT_MOE: lambda: round(share),
+        CapacityRule.DEEPSPEED: lambda: max(math.ceil(all_choices), 4),
+        CapacityRule.NO_DROPS: lambda: tokens,
+    }
+    return rules[rule]()
+
+
+def _up_to_multiple(value: int, of: int) -> int:
+    return -(-value // of) * of
+
+
 @dataclasses.dataclass
 class Capacity:
-    """Slots per expert and group: ceil(S * K * factor / E) (Switch eq. 3, with K as in V-MoE).
+    """The capacity policy of a MoE layer.
 
     Attributes:
       train_factor: capacity factor in training (Switch: 1.25).
       evaluation_factor: capacity factor in evaluation (Switch: 2.0).
+      rule: whose formula.
     """
 
     train_factor: float = 1.25
     evaluation_factor: float = 2.0
+    rule: CapacityRule = CapacityRule.SWITCH
 
     def slots(self, tokens: int, choices: int, num_experts: int, train: bool) -> int:
-        """C; never more than S, because a token takes at most one slot of an expert."""
+        """C; never more than S, because a token takes at most one slot of an expert.
+
+        Raises:
+          UserError: the rule gives no slot at all.
+        """
         factor = self.train_factor if train else self.evaluation_factor
-        # Rounded first, so that 64 * 1.1 / 8 = 8.8000000000000007 and not its float error counts.
-        return min(tokens, math.ceil(round(tokens * choices * factor / num_experts, 6)))
+        slots = slots_by_rule(self.rule, tokens, choices, num_experts, factor)
+        if slots < 1:
+            name = "train_factor" if train else "evaluation_factor"
+            raise UserError(
+                f"capacity.{name} is {factor}, which with capacity.rule={self.rule}, {tokens} tokens "
+                f"per group and {num_experts} experts gives experts no slot (zero capacity); raise "
+                "the factor or moe.group_size."
+            )
+        return min(tokens, slots)
 
     def validate(self) -> None:
         """Raises UserError for a factor that leaves no slot."""

@@ -1,49 +1,76 @@
 """Token-choice routers: every token chooses its K best experts.
 
 Axis letters: S tokens in a group, K choices per token, E experts, C slots per expert, d width.
+
+`TokenChoice` is what they share: serving the choices under capacity, losses and statistics. A
+router of the family says in `choose` which experts a token wants and at which weights.
 """
 
+import abc
 import dataclasses
+import enum
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import UserError
-from moe_jax.routing import losses, statistics
-from moe_jax.routing.assignment import RouterInputs, Routing, TokenChoice
+from moe_jax.routing import losses, scores, service, statistics
+from moe_jax.routing.assignment import (
+    Arrays,
+    Mean,
+    Router,
+    RouterInputs,
+    Routing,
+    TokenAssignment,
+    register,
+)
+from moe_jax.routing.losses import Losses
+from moe_jax.routing.scores import Exploration
+from moe_jax.routing.service import ServiceOrder
 
-ROUTER_INIT_SCALE = 0.02  # Normal, as flaxformer's router weights.
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What the tokens of a group want, before capacity.
+
+    Attributes:
+      logits: [S, E] float32; the router z-loss reads them.
+      probabilities: [S, E] float32, rows sum to 1; balancing losses read them.
+      clean: the same without exploration noise; the importance loss reads them.
+      experts: [S, K] int32, first choice first; E (out of range) where a token wants fewer.
+      weights: [S, E] float32, what an expert's output is multiplied with if it serves the token.
+      losses: further losses of this router, by name.
+    """
+
+    logits: jax.Array
+    probabilities: jax.Array
+    clean: jax.Array
+    experts: jax.Array
+    weights: jax.Array
+    losses: dict[str, Mean]
 
 
 @dataclasses.dataclass
-class TopK:
-    """Softmax over all experts, then the K largest; K=1 is the Switch router.
-
-    Tokens are served left to right, each with all its choices, so whether a token is dropped never
-    depends on later ones: the router is causal.
+class TokenChoice(Router):
+    """What all token-choice routers share.
 
     Attributes:
-      k: experts per token.
-      renormalize: divide the K gates by their sum (GShard: True, Switch: False).
-      gate_scale: multiplies the gates (DeepSeek-V2: 16, V3: 2.5, Switch: 1). A gate starts near 1/E,
-        so E lets an expert's output start as large as a dense layer's.
-      jitter: epsilon of the multiplicative noise U(1 - epsilon, 1 + epsilon) on the router's input
-        in training (Switch appendix C: 1e-2).
-      load_balancing_weight: coefficient of `losses.load_balancing` (Switch: 1e-2).
-      z_weight: coefficient of `losses.router_z` (ST-MoE: 1e-3).
+      k: K, experts per token.
+      order: who gets a slot first; only `token` is causal for K > 1.
+      no_token_left_behind: choices that found no slot try the token's next best experts, after all
+        were served (Switch appendix B; second pass only).
+      losses: coefficients of the auxiliary losses.
     """
 
     k: int = 1
-    renormalize: bool = False
-    gate_scale: float = 1.0
-    jitter: float = 0.0
-    load_balancing_weight: float = 1e-2
-    z_weight: float = 0.0
+    order: ServiceOrder = ServiceOrder.TOKEN
+    no_token_left_behind: bool = False
+    losses: Losses = dataclasses.field(default_factory=Losses)
 
-    @property
-    def causal(self) -> bool:
-        """True: service is left to right by token."""
-        return True
+    @abc.abstractmethod
+    def choose(self, parameters: Arrays, inputs: RouterInputs, num_experts: int) -> Choice:
+        """What the tokens of a group want."""
 
     @property
     def choices(self) -> int:
@@ -51,85 +78,285 @@ class TopK:
         return self.k
 
     @property
+    def leak(self) -> str | None:
+        """The order of service, or the second pass, where they look ahead."""
+        if self.no_token_left_behind:
+            return "a token's second pass comes after later tokens were served"
+        return service.leak_of(self.order, self.choices)
+
+    @property
     def loss_weights(self) -> dict[str, float]:
         """Coefficients by the names in `Routing.losses`."""
-        return {"load_balancing": self.load_balancing_weight, "router_z": self.z_weight}
+        return self.losses.weights
 
     def validate(self, num_experts: int) -> None:
-        """Raises UserError unless 1 <= K <= E."""
+        """Raises UserError unless 1 <= K <= E, and 2 K <= E for a second pass."""
         if not 1 <= self.k <= num_experts:
             raise UserError(
                 f"router.k is {self.k} but there are {num_experts} experts; "
                 f"choose k between 1 and num_experts."
             )
-        if not self.gate_scale > 0:
-            raise UserError(f"router.gate_scale is {self.gate_scale}; it must be above 0.")
-        if not 0 <= self.jitter < 1:
-            raise UserError(f"router.jitter is {self.jitter}; it must be in [0, 1).")
-
-    def init(self, key: jax.Array, width: int, num_experts: int) -> dict[str, jax.Array]:
-        """weights: [d, E] float32."""
-        return {"weights": ROUTER_INIT_SCALE * jax.random.normal(key, (width, num_experts))}
+        if self.no_token_left_behind and 2 * self.choices > num_experts:
+            raise UserError(
+                f"router.no_token_left_behind needs {self.choices} further experts for "
+                f"{self.choices} choices, but there are {num_experts}; lower k or switch it off."
+            )
+        self.losses.validate(num_experts)
 
     def route(
-        self,
-        parameters: dict[str, jax.Array],
-        inputs: RouterInputs,
-        num_experts: int,
-        capacity: int,
+        self, parameters: Arrays, inputs: RouterInputs, num_experts: int, capacity: int
     ) -> Routing:
         """Routes one group; logits, gates and losses are float32 whatever the compute dtype."""
-        logits = router_logits(parameters["weights"], inputs, self.jitter)
-        probabilities = jax.nn.softmax(logits)
-        gates, experts = jax.lax.top_k(probabilities, self.k)
-        if self.renormalize:
-            gates = gates / jnp.maximum(gates.sum(axis=-1, keepdims=True), 1e-9)
-        gates = self.gate_scale * gates
-        slots = slots_in_token_order(experts, inputs.mask, num_experts, capacity)
-        assignment = TokenChoice(experts, slots, gates, capacity)
+        choice = self.choose(parameters, inputs, num_experts)
+        gates = gates_of(choice.weights, choice.experts)
+        order_key = jax.random.fold_in(inputs.key, 1)
+        served_in = service.permutation(self.order, gates, order_key, inputs.train)
+        slots = service.slots(choice.experts, inputs.mask, num_experts, capacity, served_in)
+        assignment = TokenAssignment(choice.experts, slots, gates, capacity)
+        if self.no_token_left_behind:
+            assignment = second_pass(assignment, choice, inputs.mask, served_in)
         return Routing(
             assignment,
-            losses={
-                "load_balancing": losses.load_balancing(probabilities, experts, inputs.mask),
-                "router_z": losses.router_z(logits, inputs.mask),
-            },
-            statistics=statistics.of_token_choice(assignment, logits, probabilities, inputs.mask),
+            jax.lax.stop_gradient(choice.probabilities),
+            losses=losses_of(self.losses, choice, inputs) | choice.losses,
+            statistics=statistics.of_token_choice(
+                assignment, choice.experts, choice.logits, choice.probabilities, inputs.mask
+            ),
         )
 
 
-def router_logits(weights: jax.Array, inputs: RouterInputs, jitter: float) -> jax.Array:
-    """x W in float32, with multiplicative input jitter in training (Switch section 2.4).
+def gates_of(weights: jax.Array, experts: jax.Array) -> jax.Array:
+    """[S, K] float32 weights of the chosen experts; 0 where no choice was made."""
+    num_experts = weights.shape[1]
+    gates = jnp.take_along_axis(weights, jnp.minimum(experts, num_experts - 1), axis=1)
+    return jnp.where(experts < num_experts, gates, 0.0)
 
-    Args:
-      weights: [d, E] float32.
-      inputs: the group's inputs; its key is read only where jitter applies.
-      jitter: epsilon.
 
-    Returns:
-      [S, E] float32.
+def second_pass(
+    assignment: TokenAssignment, choice: Choice, mask: jax.Array, served_in: jax.Array | None
+) -> TokenAssignment:
+    """Gives choices without a slot one in the token's next best expert (Switch appendix B).
+
+    The j-th choice of a token tries the j-th of the experts that the token did not choose, in the
+    same order of service, among the slots that the first pass left.
     """
-    x = inputs.x.astype(jnp.float32)
-    if inputs.train and jitter and inputs.key is not None:
-        x = x * jax.random.uniform(inputs.key, x.shape, minval=1 - jitter, maxval=1 + jitter)
-    return jnp.dot(x, weights, precision=jax.lax.Precision.HIGHEST)
+    num_experts, capacity = choice.weights.shape[1], assignment.capacity
+    wanted = jax.nn.one_hot(choice.experts, num_experts).any(axis=1)
+    _, next_best = jax.lax.top_k(
+        jnp.where(wanted, -1.0, choice.probabilities), choice.experts.shape[1]
+    )
+    dropped = (assignment.slots == capacity) & (choice.experts < num_experts)
+    experts = jnp.where(dropped, next_best, num_experts)
+    taken = service.filled(assignment.experts, assignment.slots, num_experts, capacity)
+    slots = service.slots(experts, mask, num_experts, capacity, served_in, taken)
+    moved = slots < capacity
+    experts = jnp.where(moved, experts, assignment.experts)
+    slots = jnp.where(moved, slots, assignment.slots)
+    return TokenAssignment(experts, slots, gates_of(choice.weights, experts), capacity)
 
 
-def slots_in_token_order(
-    experts: jax.Array, mask: jax.Array, num_experts: int, capacity: int
-) -> jax.Array:
-    """Serves tokens left to right, each with all its choices.
+def losses_of(wanted: Losses, choice: Choice, inputs: RouterInputs) -> dict[str, Mean]:
+    """The losses whose coefficient is not 0."""
+    arguments = (choice.probabilities, choice.experts, inputs.mask)
+    functions = {
+        "load_balancing": lambda: losses.load_balancing(*arguments),
+        "load_balancing_all_choices": lambda: losses.load_balancing_all_choices(*arguments),
+        "expert_level": lambda: losses.expert_level(*arguments),
+        "device_level": lambda: losses.device_level(*arguments, wanted.devices),
+        "communication": lambda: losses.communication(
+            *arguments, wanted.devices, wanted.devices_per_token
+        ),
+        "sequence_wise": lambda: losses.sequence_wise(*arguments, inputs.sequence_ids),
+        "importance": lambda: losses.importance(choice.clean, inputs.mask),
+        "router_z": lambda: losses.router_z(choice.logits, inputs.mask),
+    }
+    return {name: functions[name]() for name in wanted.weights}
 
-    Args:
-      experts: [S, K] int32.
-      mask: [S] bool; padding takes no slot.
-      num_experts: E.
-      capacity: C.
 
-    Returns:
-      [S, K] int32 slots in [0, C); C for assignments that found the buffer full, and for padding.
+@dataclasses.dataclass
+class LinearRouter(TokenChoice):
+    """What routers share that take a softmax of one linear map of the token.
+
+    Attributes:
+      exploration: how other experts are tried in training.
+      exploration_rate: epsilon of the jitter, or the rate of the input dropout.
+      logit_soft_cap: c of c * tanh(logits / c); 0 for none (praxis).
     """
-    chosen = jax.nn.one_hot(experts.reshape(-1), num_experts, dtype=jnp.int32)
-    chosen = chosen * jnp.repeat(mask, experts.shape[1])[:, None]
-    before = jnp.cumsum(chosen, axis=0) - chosen
-    slots = jnp.take_along_axis(before, experts.reshape(-1, 1), axis=1).reshape(experts.shape)
-    return jnp.where(mask[:, None], jnp.minimum(slots, capacity), capacity)
+
+    exploration: Exploration = Exploration.ARGMAX
+    exploration_rate: float = 0.0
+    logit_soft_cap: float = 0.0
+
+    def validate(self, num_experts: int) -> None:
+        """Raises UserError for fields out of range."""
+        super().validate(num_experts)
+        scores.validate_exploration(self.exploration, self.exploration_rate)
+        if not self.logit_soft_cap >= 0:
+            raise UserError(
+                f"router.logit_soft_cap is {self.logit_soft_cap}; it must be above 0, or 0 for none."
+            )
+
+    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+        """weights: [d, E] float32."""
+        return {"weights": scores.initial_weights(key, width, num_experts)}
+
+    def logits(self, parameters: Arrays, inputs: RouterInputs) -> jax.Array:
+        """[S, E] float32, of the explored input and capped."""
+        x = scores.explored_input(inputs, self.exploration, self.exploration_rate)
+        return scores.soft_cap(scores.product(x, parameters["weights"]), self.logit_soft_cap)
+
+    def ranking(self, logits: jax.Array, inputs: RouterInputs) -> jax.Array:
+        """[S, E] what the K largest are taken of: the logits, or draws with `sample`."""
+        if inputs.train and self.exploration == Exploration.SAMPLE:
+            # The K largest of logits plus Gumbel noise are K draws without replacement.
+            return logits + jax.random.gumbel(inputs.key, logits.shape)
+        return logits
+
+
+@dataclasses.dataclass
+class TopK(LinearRouter):
+    """Softmax over all experts, then the K largest (Switch with K = 1, DeepSeekMoE, OLMoE).
+
+    With `renormalize` it is Mixtral: a softmax over the selected logits alone is the same.
+
+    Attributes:
+      renormalize: divide the K gates by their sum (Mixtral: True; Switch, DeepSeekMoE: False).
+      gate_scale: multiplies the gates (DeepSeek-V2: 16, Switch: 1). A gate starts near 1/E, so E
+        lets an expert's output start as large as a dense layer's.
+    """
+
+    losses: Losses = dataclasses.field(default_factory=lambda: Losses(load_balancing=1e-2))
+    renormalize: bool = False
+    gate_scale: float = 1.0
+
+    def validate(self, num_experts: int) -> None:
+        """Raises UserError for fields out of range."""
+        super().validate(num_experts)
+        if not self.gate_scale > 0:
+            raise UserError(f"router.gate_scale is {self.gate_scale}; it must be above 0.")
+
+    def choose(self, parameters: Arrays, inputs: RouterInputs, num_experts: int) -> Choice:
+        """The K most probable experts of each token."""
+        logits = self.logits(parameters, inputs)
+        probabilities = jax.nn.softmax(logits)
+        _, experts = jax.lax.top_k(self.ranking(logits, inputs), self.k)
+        weights = self.gate_scale * probabilities
+        if self.renormalize:
+            chosen = gates_of(probabilities, experts).sum(axis=1, keepdims=True)
+            weights = weights / jnp.maximum(chosen, 1e-9)
+        return Choice(logits, probabilities, probabilities, experts, weights, {})
+
+
+class LaterChoices(enum.StrEnum):
+    """Which choices after the first are kept (Mesh TensorFlow's `second_policy`).
+
+    ALL, NONE; THRESHOLD: those whose normalised gate exceeds the threshold; RANDOM: each with
+    probability gate / threshold.
+    """
+
+    ALL = "all"
+    NONE = "none"
+    THRESHOLD = "threshold"
+    RANDOM = "random"
+
+
+@dataclasses.dataclass
+class GShard(LinearRouter):
+    """Top-2 with renormalised gates and an optional second expert (GShard algorithm 1).
+
+    With K > 2 it is the top-n of ST-MoE, where each later choice is optional. The gates are divided
+    by their sum before choices are left out, and not again after. (GShard's own `2 g2 > U` is a
+    threshold of 0.5; Mesh TensorFlow and ST-MoE use 0.2.)
+
+    Attributes:
+      later_choices: which choices after the first are kept in training.
+      evaluation_later_choices: the same in evaluation; `all` draws nothing.
+      threshold: see `LaterChoices`.
+    """
+
+    k: int = 2
+    order: ServiceOrder = ServiceOrder.CHOICE
+    losses: Losses = dataclasses.field(default_factory=lambda: Losses(load_balancing=1e-2))
+    later_choices: LaterChoices = LaterChoices.RANDOM
+    evaluation_later_choices: LaterChoices = LaterChoices.ALL
+    threshold: float = 0.2
+
+    def validate(self, num_experts: int) -> None:
+        """Raises UserError for fields out of range."""
+        super().validate(num_experts)
+        if not 0 < self.threshold <= 1:
+            raise UserError(f"router.threshold is {self.threshold}; it must be in (0, 1].")
+
+    def choose(self, parameters: Arrays, inputs: RouterInputs, num_experts: int) -> Choice:
+        """The K most probable experts, some of the later ones left out."""
+        logits = self.logits(parameters, inputs)
+        probabilities = jax.nn.softmax(logits)
+        _, experts = jax.lax.top_k(self.ranking(logits, inputs), self.k)
+        chosen = gates_of(probabilities, experts).sum(axis=1, keepdims=True)
+        weights = probabilities / jnp.maximum(chosen, 1e-9)
+        policy = self.later_choices if inputs.train else self.evaluation_later_choices
+        keep_key = jax.random.fold_in(inputs.key, 2)
+        keep = _kept(policy, gates_of(weights, experts), self.threshold, keep_key)
+        experts = jnp.where(keep.at[:, 0].set(True), experts, num_experts)
+        return Choice(logits, probabilities, probabilities, experts, weights, {})
+
+
+def _kept(policy: LaterChoices, gates: jax.Array, threshold: float, key: jax.Array) -> jax.Array:
+    """[S, K] bool; the first column is not meant."""
+    match policy:
+        case LaterChoices.ALL:
+            return jnp.ones(gates.shape, bool)
+        case LaterChoices.NONE:
+            return jnp.zeros(gates.shape, bool)
+        case LaterChoices.THRESHOLD:
+            return gates > threshold
+    return jax.random.uniform(key, gates.shape) < gates / threshold
+
+
+@dataclasses.dataclass
+class VMoE(TokenChoice):
+    """The K largest of a noisy softmax, not renormalised (V-MoE section 2 and appendix A).
+
+    First choices are served first; `order=batch_priority` is the paper's Batch Prioritized Routing.
+
+    Attributes:
+      noise: the noise on the logits in training has the deviation noise / E.
+      load_weight: coefficient of `losses.load` (0.005, like the importance loss).
+    """
+
+    k: int = 2
+    order: ServiceOrder = ServiceOrder.CHOICE
+    losses: Losses = dataclasses.field(default_factory=lambda: Losses(importance=0.005))
+    noise: float = 1.0
+    load_weight: float = 0.005
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Coefficients by the names in `Routing.losses`."""
+        return self.losses.weights | {"load": self.load_weight}
+
+    def validate(self, num_experts: int) -> None:
+        """Raises UserError for fields out of range."""
+        super().validate(num_experts)
+        if not self.noise >= 0:
+            raise UserError(f"router.noise is {self.noise}; it must be at least 0.")
+        if self.load_weight and not self.noise:
+            raise UserError(
+                "router.noise is 0, where the load loss is not defined; set router.load_weight=0."
+            )
+
+    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+        """weights: [d, E] float32, LeCun normal as in vmoe."""
+        return {"weights": jax.nn.initializers.lecun_normal()(key, (width, num_experts))}
+
+    def choose(self, parameters: Arrays, inputs: RouterInputs, num_experts: int) -> Choice:
+        """The K most probable experts under noise."""
+        clean = scores.product(inputs.x, parameters["weights"])
+        deviation, noisy, extra = self.noise / num_experts, clean, {}
+        if inputs.train and self.noise:
+            noisy = clean + deviation * jax.random.normal(inputs.key, clean.shape)
+        top, experts = jax.lax.top_k(noisy, self.k)
+        if inputs.train and self.load_weight:
+            extra["load"] = losses.load(clean, top[:, -1:], deviation, inputs.mask)
+        probabilities = jax.nn.softmax(noisy)
+        return Choice(noisy, probabilities, jax.nn.softmax(clean), experts, probabilities, extra)

@@ -1,0 +1,211 @@
+"""BASE layers: tokens and experts are matched so that all experts get equally many (Lewis 2021).
+
+Axis letters: S tokens in a group, E experts, C slots per expert, d width.
+
+Two ways to match: `auction` (Bertsekas 1992), exactly balanced and within a known distance of the
+best total score, and `sinkhorn` (S-BASE, Clark et al. 2022), nearly balanced and of fixed cost.
+"""
+
+import dataclasses
+import enum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.errors import UserError
+from moe_jax.routing import scores, service
+from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing
+from moe_jax.routing.fixed import left_to_right
+from moe_jax.routing.token_choice import gates_of
+
+
+class Solver(enum.StrEnum):
+    """How tokens and experts are matched in training.
+
+    AUCTION: at most ceil(S / E) tokens per expert, always (BASE).
+    SINKHORN: each token's largest share in a balanced transport plan (S-BASE).
+    """
+
+    AUCTION = "auction"
+    SINKHORN = "sinkhorn"
+
+
+@dataclasses.dataclass
+class BASE(Router):
+    """Balanced assignment of single experts (BASE layers, Lewis et al. 2021).
+
+    Scores are h_t . w_e, without a softmax. In training tokens are matched so that the sum of their
+    scores is about the largest with which no expert gets more than its share; no loss is needed. In
+    evaluation every token takes its best expert. The gate is sigmoid(score), in (0, 1); through it
+    alone the router learns, and only the chosen expert's weights.
+
+    S counts padding in an expert's share of ceil(S / E), though padding takes none of it.
+
+    Attributes:
+      solver: how tokens and experts are matched in training.
+      auction_epsilon: what a bid is raised by, as a fraction of the largest difference between two
+        scores of one token. The mean score per token is within that of the best mean. (Normal
+        scores were within 0.04 of it, in 9 to 554 rounds for S = 256 to 4096, E = 8 or 64.)
+      auction_rounds: after so many, the tokens that are left take the best expert with room.
+      sinkhorn_iterations: how often columns and rows are scaled. (For normal scores that differ by
+        10 or so 20 are enough; the busiest expert then has 1.1 to 1.25 times its share.)
+    """
+
+    solver: Solver = Solver.AUCTION
+    auction_epsilon: float = 0.02
+    auction_rounds: int = 1000
+    sinkhorn_iterations: int = 20
+
+    @property
+    def leak(self) -> str | None:
+        """The matching sees the whole group."""
+        return "in training, which expert a token gets depends on the scores of later tokens"
+
+    def validate(self, num_experts: int) -> None:
+        """Raises UserError for fields out of range."""
+        # Below 1e-5 a raise is lost in the rounding of float32 prices.
+        if not 1e-5 <= self.auction_epsilon <= 1:
+            raise UserError(
+                f"router.auction_epsilon is {self.auction_epsilon}; it must be in [1e-5, 1]."
+            )
+        for name in ("auction_rounds", "sinkhorn_iterations"):
+            if getattr(self, name) < 1:
+                raise UserError(f"router.{name} is {getattr(self, name)}; it must be at least 1.")
+
+    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+        """weights: [d, E] float32."""
+        return {"weights": scores.initial_weights(key, width, num_experts)}
+
+    def route(
+        self, parameters: Arrays, inputs: RouterInputs, num_experts: int, capacity: int
+    ) -> Routing:
+        """Routes one group; its probabilities are the softmax of the scores."""
+        score = scores.product(inputs.x, parameters["weights"])
+        experts = self._experts(jax.lax.stop_gradient(score), inputs)[:, None]
+        gates = gates_of(jax.nn.sigmoid(score), experts)
+        return left_to_right(experts, gates, score, inputs.mask, capacity)
+
+    def _experts(self, score: jax.Array, inputs: RouterInputs) -> jax.Array:
+        """[S] int32 the expert of each token."""
+        if not inputs.train:
+            return score.argmax(axis=1)
+        if self.solver == Solver.SINKHORN:
+            return sinkhorn(score, inputs.mask, self.sinkhorn_iterations).argmax(axis=1)
+        spread = jnp.where(inputs.mask, jnp.ptp(score, axis=1), 0.0).max()
+        # Any raise will do where all experts are equal.
+        epsilon = jnp.where(spread > 0, self.auction_epsilon * spread, 1.0)
+        per_expert = -(-score.shape[0] // score.shape[1])
+        return auction(score, inputs.mask, per_expert, epsilon, self.auction_rounds)
+
+
+class _Offers(NamedTuple):
+    """State of an auction: [S] experts (E for none yet), [S] what was offered for them, rounds."""
+
+    experts: jax.Array
+    offers: jax.Array
+    rounds: jax.Array
+
+
+def auction(
+    scores: jax.Array,
+    mask: jax.Array,
+    per_expert: int,
+    epsilon: jax.Array | float,
+    max_rounds: int,
+) -> jax.Array:
+    """Gives each token one expert and no expert more than `per_expert`, at a large total score.
+
+    In a round every token without a place bids for the expert that is worth most to it: score minus
+    price. It offers the price at which its second best would be worth as much, and epsilon more.
+    An expert keeps the highest offers it has places for, and asks the lowest of them from then on
+    (nothing while a place is free). Places of one expert are alike, so bids go to experts and not
+    to places (Bertsekas and Castanon 1989).
+
+    When all have a place, each token's expert is worth to it within epsilon of the best, so that
+    the total is within (number of tokens) * epsilon of the optimum.
+
+    Args:
+      scores: [S, E] float32.
+      mask: [S] bool, False for padding, which does not bid.
+      per_expert: places of each expert; at least S / E.
+      epsilon: [] what a bid is raised by; well above float32's rounding of the scores' differences.
+      max_rounds: after so many, tokens without a place take the best expert with a place free.
+
+    Returns:
+      [S] int32 experts; E for padding.
+    """
+    num_tokens, num_experts = scores.shape
+    if num_experts * per_expert < num_tokens:
+        raise ValueError(f"{num_experts} * {per_expert} places for {num_tokens} tokens")
+    # Only differences within a token count. A diverged model's infinities must end the loops, too.
+    scores = jnp.nan_to_num(scores)
+    scores = jnp.nan_to_num(scores - scores.max(axis=1, keepdims=True))
+
+    def waiting(experts: jax.Array) -> jax.Array:
+        return mask & (experts == num_experts)
+
+    def taken(experts: jax.Array) -> jax.Array:
+        return jax.nn.one_hot(experts, num_experts, dtype=jnp.int32).sum(axis=0)
+
+    def find_place(wanted: jax.Array, **kwargs: jax.Array) -> jax.Array:
+        slots = service.slots(wanted[:, None], mask, num_experts, per_expert, **kwargs)
+        return slots[:, 0] < per_expert
+
+    def bidding(state: _Offers) -> jax.Array:
+        return waiting(state.experts).any() & (state.rounds < max_rounds)
+
+    def bid(state: _Offers) -> _Offers:
+        held = jax.nn.one_hot(state.experts, num_experts, dtype=bool)
+        lowest = jnp.where(held, state.offers[:, None], jnp.inf).min(axis=0)
+        price = jnp.where(taken(state.experts) == per_expert, lowest, 0.0)
+        worth = scores - price
+        wanted = worth.argmax(axis=1)
+        is_wanted = jax.nn.one_hot(wanted, num_experts, dtype=bool)
+        second = jnp.where(is_wanted, -jnp.inf, worth).max(axis=1)
+        raised = jnp.where(is_wanted, scores, 0.0).sum(axis=1) - second + epsilon
+        new = waiting(state.experts)
+        wanted = jnp.where(new, wanted, state.experts)
+        offers = jnp.where(new, raised, state.offers)
+        highest_first = jnp.argsort(-offers, stable=True)
+        experts = jnp.where(find_place(wanted, served_in=highest_first), wanted, num_experts)
+        return _Offers(experts, offers, state.rounds + 1)
+
+    def take_what_is_left(experts: jax.Array) -> jax.Array:
+        room = taken(experts) < per_expert
+        wanted = jnp.where(room, scores, -jnp.inf).argmax(axis=1)
+        wanted = jnp.where(waiting(experts), wanted, num_experts)
+        return jnp.where(find_place(wanted, taken=taken(experts)), wanted, experts)
+
+    nowhere = jnp.full(num_tokens, num_experts, jnp.int32)
+    start = _Offers(nowhere, jnp.zeros(num_tokens), jnp.int32(0))
+    experts = jax.lax.while_loop(bidding, bid, start).experts
+    # Each pass fills an expert or is the last: at most E.
+    return jax.lax.while_loop(lambda experts: waiting(experts).any(), take_what_is_left, experts)
+
+
+def sinkhorn(scores: jax.Array, mask: jax.Array, iterations: int) -> jax.Array:
+    """The transport plan of tokens to experts in which all experts get the same mass (Clark 2022).
+
+    It maximises sum_se plan_se score_se plus the plan's entropy; exp(scores) with rows and columns
+    scaled in turn, in logarithms.
+
+    Args:
+      scores: [S, E] float32.
+      mask: [S] bool, False for padding, which has no mass.
+      iterations: of one scaling of columns and one of rows each.
+
+    Returns:
+      [S, E] float32. Rows sum to 1; columns to (number of tokens) / E as far as the iterations
+      have converged; rows of padding are 0.
+    """
+    real = mask.sum(dtype=jnp.float32)
+    share = jnp.log(jnp.maximum(real, 1.0) / scores.shape[1])
+
+    def scale(_: int, column: jax.Array) -> jax.Array:
+        log_plan = jax.nn.log_softmax(scores + column, axis=1)
+        total = jax.nn.logsumexp(log_plan, axis=0, where=mask[:, None])
+        return column + jnp.where(real > 0, share - total, 0.0)
+
+    column = jax.lax.fori_loop(0, iterations, scale, jnp.zeros(scores.shape[1]))
+    return jnp.where(mask[:, None], jax.nn.softmax(scores + column, axis=1), 0.0)

@@ -1,0 +1,67 @@
+"""From a token's vector to a score per expert: logits, exploration noise, soft cap.
+
+Axis letters: S tokens in a group, E experts, d width.
+Everything is float32 whatever the compute dtype (Switch section 2.4, ST-MoE section 3.3).
+"""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.errors import UserError
+from moe_jax.routing.assignment import RouterInputs
+
+ROUTER_INIT_SCALE = 0.02  # Normal, as flaxformer's router weights.
+
+
+class Exploration(enum.StrEnum):
+    """How a router tries other experts in training (Switch section 2.2 and Table 11).
+
+    ARGMAX: it does not. SAMPLE: experts are drawn from the softmax without replacement.
+    INPUT_DROPOUT: dropout of rate `exploration_rate` on the router's input (Mesh TensorFlow: 0.1).
+    JITTER: the router's input times U(1 - rate, 1 + rate) (Mesh TensorFlow: 1e-2).
+    """
+
+    ARGMAX = "argmax"
+    SAMPLE = "sample"
+    INPUT_DROPOUT = "input_dropout"
+    JITTER = "jitter"
+
+
+def initial_weights(key: jax.Array, width: int, num_experts: int) -> jax.Array:
+    """[d, E] float32, normal with deviation 0.02 (flaxformer, OLMoE, sparse upcycling)."""
+    return ROUTER_INIT_SCALE * jax.random.normal(key, (width, num_experts))
+
+
+def explored_input(inputs: RouterInputs, exploration: Exploration, rate: float) -> jax.Array:
+    """The group's input [S, d] as float32, with noise in training only."""
+    x = inputs.x.astype(jnp.float32)
+    if not inputs.train:
+        return x
+    if exploration == Exploration.JITTER:
+        return x * jax.random.uniform(inputs.key, x.shape, minval=1 - rate, maxval=1 + rate)
+    if exploration == Exploration.INPUT_DROPOUT:
+        return jnp.where(jax.random.bernoulli(inputs.key, 1 - rate, x.shape), x / (1 - rate), 0)
+    return x
+
+
+def product(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """x W at full float32 precision, also on TPUs: [S, d] and [d, ...] to [S, ...]."""
+    return jnp.tensordot(x.astype(jnp.float32), weights, 1, precision=jax.lax.Precision.HIGHEST)
+
+
+def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(logits / cap), so that no logit exceeds the cap; 0 for none (praxis)."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def validate_exploration(exploration: Exploration, rate: float) -> None:
+    """Raises UserError unless the rate is in [0, 1)."""
+    if not 0 <= rate < 1:
+        raise UserError(f"router.exploration_rate is {rate}; it must be in [0, 1).")
+    if exploration in (Exploration.JITTER, Exploration.INPUT_DROPOUT) and not rate:
+        raise UserError(
+            f"router.exploration_rate is 0, so router.exploration={exploration} does nothing; "
+            "set a rate such as 0.01, or exploration=argmax."
+        )

@@ -1,0 +1,173 @@
+"""Soft MoE: slots take weighted means of all tokens (Puigcerver et al. 2023).
+
+Axis letters: S tokens in a group, E experts, P slots per expert, d width.
+
+Nothing is chosen and nothing dropped, so there is no loss, and all of it is differentiable.
+"""
+
+import dataclasses
+import enum
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.errors import UserError
+from moe_jax.routing import scores, statistics
+from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing, SoftAssignment
+
+# Far below any logit, yet finite: a softmax over padding only has no NaN.
+NEVER = -1e9
+
+
+class SoftVariant(enum.StrEnum):
+    """Which half of the mixing is learned: dispatch / combine (Soft MoE, Table 2).
+
+    SOFT: both. SOFT_UNIFORM: slots are learned mixtures, tokens read the plain mean of all slots.
+    UNIFORM_SOFT: slots are the plain mean of all tokens, tokens read learned mixtures.
+    UNIFORM: plain means twice. IDENTITY: the i-th token goes to the i-th slot and reads only that;
+    needs as many slots as tokens.
+    """
+
+    SOFT = "soft"
+    SOFT_UNIFORM = "soft_uniform"
+    UNIFORM_SOFT = "uniform_soft"
+    UNIFORM = "uniform"
+    IDENTITY = "identity"
+
+
+LEARNED = (SoftVariant.SOFT, SoftVariant.SOFT_UNIFORM, SoftVariant.UNIFORM_SOFT)
+
+
+@dataclasses.dataclass
+class SoftMoE(Router):
+    """Two softmaxes of the same logits, one over tokens and one over slots (Soft MoE eq. 1-2).
+
+    The buffers have `slots_per_expert` slots; the layer's capacity is not used. The paper's models
+    have 1 slot per expert, about as many experts as tokens, and one image per group.
+
+    Attributes:
+      slots_per_expert: P.
+      variant: the paper's ablations.
+      noise: deviation of Gaussian noise on the logits in training (vmoe; the paper: none). Unlike
+        V-MoE's it is not divided by E.
+    """
+
+    slots_per_expert: int = 1
+    variant: SoftVariant = SoftVariant.SOFT
+    noise: float = 0.0
+
+    @property
+    def leak(self) -> str | None:
+        """Slots mix the whole group, but for `identity`."""
+        if self.variant == SoftVariant.IDENTITY:
+            return None
+        return "the slots that a token reads are mixtures of all tokens of its group"
+
+    def validate(self, num_experts: int) -> None:
+        """Raises UserError for fields out of range, or noise on logits that do not exist."""
+        if self.slots_per_expert < 1:
+            raise UserError(
+                f"router.slots_per_expert is {self.slots_per_expert}; it must be at least 1."
+            )
+        if not self.noise >= 0:
+            raise UserError(f"router.noise is {self.noise}; it must be at least 0.")
+        if self.noise and self.variant not in LEARNED:
+            raise UserError(
+                f"router.noise is {self.noise}, but router.variant={self.variant} has no logits; "
+                "set router.noise=0."
+            )
+
+    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+        """mu: [d, E, P] float32, LeCun normal over d; scale: [] float32, 1. Nothing if unlearned."""
+        if self.variant not in LEARNED:
+            return {}
+        lecun = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        shape = (width, num_experts, self.slots_per_expert)
+        return {"mu": lecun(key, shape), "scale": jnp.ones(())}
+
+    def route(
+        self, parameters: Arrays, inputs: RouterInputs, num_experts: int, capacity: int
+    ) -> Routing:
+        """Routes one group in float32; padding is neither in a slot nor reads one."""
+        assignment = self._assignment(parameters, inputs, num_experts)
+        spread = jnp.where(inputs.mask[:, None], assignment.combine.sum(axis=2), 1.0 / num_experts)
+        return Routing(
+            assignment,
+            jax.lax.stop_gradient(spread),
+            losses={},
+            statistics=statistics.of_soft(assignment, spread, inputs.mask),
+        )
+
+    def _assignment(
+        self, parameters: Arrays, inputs: RouterInputs, num_experts: int
+    ) -> SoftAssignment:
+        shape = (len(inputs.mask), num_experts, self.slots_per_expert)
+        if self.variant == SoftVariant.IDENTITY:
+            return identity(inputs.mask, *shape[1:])
+        uniform = jnp.zeros(shape)
+        learned = uniform
+        if self.variant in LEARNED:
+            learned = slot_logits(inputs.x, parameters["mu"], parameters["scale"])
+        if inputs.train and self.noise:
+            learned = learned + self.noise * jax.random.normal(inputs.key, shape)
+        return SoftAssignment(
+            dispatch_weights(
+                uniform if self.variant == SoftVariant.UNIFORM_SOFT else learned, inputs.mask
+            ),
+            combine_weights(
+                uniform if self.variant == SoftVariant.SOFT_UNIFORM else learned, inputs.mask
+            ),
+        )
+
+
+def slot_logits(x: jax.Array, mu: jax.Array, scale: jax.Array) -> jax.Array:
+    """scale * cosine of each token and each slot's vector (Soft MoE section 2.3).
+
+    Args:
+      x: [S, d] any float dtype.
+      mu: [d, E, P] float32.
+      scale: [] float32.
+
+    Returns:
+      [S, E, P] float32 in [-scale, scale].
+    """
+    return scores.product(_unit(x.astype(jnp.float32), axis=1), scale * _unit(mu, axis=0))
+
+
+def _unit(vectors: jax.Array, axis: int) -> jax.Array:
+    """x / sqrt(|x|^2 + 1e-6), whose gradient is finite at 0."""
+    return vectors * jax.lax.rsqrt(jnp.sum(vectors**2, axis=axis, keepdims=True) + 1e-6)
+
+
+def dispatch_weights(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax of [S, E, P] over the real tokens: sums to 1 for each slot (Soft MoE eq. 1).
+
+    0 for padding, and everywhere in a group of padding only.
+    """
+    real = mask[:, None, None]
+    return jnp.where(real, jax.nn.softmax(jnp.where(real, logits, NEVER), axis=0), 0.0)
+
+
+def combine_weights(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax of [S, E, P] over all slots of all experts: sums to 1 for each token (eq. 2).
+
+    0 for padding.
+    """
+    return jnp.where(mask[:, None, None], jax.nn.softmax(logits, axis=(1, 2)), 0.0)
+
+
+def identity(mask: jax.Array, num_experts: int, slots_per_expert: int) -> SoftAssignment:
+    """Token e * P + p alone in slot p of expert e, which it alone reads; 0 for padding.
+
+    Raises:
+      UserError: there are not as many slots as tokens.
+    """
+    slots = num_experts * slots_per_expert
+    if slots != len(mask):
+        raise UserError(
+            f"router.slots_per_expert is {slots_per_expert}, which gives {num_experts} experts "
+            f"{slots} slots, but router.variant=identity needs one for each of the {len(mask)} "
+            "tokens of a group; change it or moe.group_size."
+        )
+    weights = jnp.diag(mask.astype(jnp.float32)).reshape(-1, num_experts, slots_per_expert)
+    return SoftAssignment(weights, weights)

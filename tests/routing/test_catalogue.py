@@ -1,0 +1,285 @@
+"""Claims that every router of the library must keep: causality, padding, capacity, sums of gates."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.routing import (
+    assignment,
+    balanced,
+    capacity,
+    catalogue,
+    deepseek,
+    expert_choice,
+    fixed,
+    losses,
+    noisy_top_k,
+    scores,
+    service,
+    soft,
+    token_choice,
+)
+from moe_jax.routing.assignment import ExpertAssignment, SoftAssignment
+from moe_jax.routing.catalogue import ENTRIES
+from tests.routing.inputs import group, vectors
+
+S, D, E, V = 64, 8, 8, 264
+TIGHT = 4  # Slots per expert, of 8 that balanced first choices need.
+EVERY = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+IDS = np.random.default_rng(0).integers(0, V, S)
+SEQUENCES = np.arange(S) // 16
+
+
+@functools.cache
+def parameters(index):
+    """Random, and large enough for the router to be decided."""
+    router = ENTRIES[index].router
+    shapes = {**router.init(jax.random.key(0), D, E), **router.init_state(E)}
+    keys = jax.random.split(jax.random.key(1), len(shapes) or 1)
+    return {
+        name: 0.5 * jax.random.normal(key, value.shape)
+        for key, (name, value) in zip(keys, sorted(shapes.items()), strict=False)
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def route(index, slots, train, parameters, x, token_ids, mask):
+    inputs = group(x, mask=mask, token_ids=token_ids, sequence_ids=SEQUENCES, train=train)
+    return ENTRIES[index].router.route(parameters, inputs, E, slots)
+
+
+def routed(entry, slots, train, x, token_ids=IDS, mask=None):
+    index = ENTRIES.index(entry)
+    mask = np.ones(S, bool) if mask is None else mask
+    arrays = (jnp.asarray(array) for array in (x, token_ids, mask))
+    return route(index, slots, train, parameters(index), *arrays)
+
+
+EXPERTS = jax.random.normal(jax.random.key(7), (E, D, D))
+
+
+@jax.jit
+def output(assigned, x):
+    """What the layer would compute with one matrix per expert, as dense sums."""
+    by_expert = jnp.einsum("sd,edf->sef", x, EXPERTS)
+    if isinstance(assigned, SoftAssignment):
+        slots = jnp.einsum("sep,sd,edf->epf", assigned.dispatch, x, EXPERTS)
+        return jnp.einsum("sep,epf->sf", assigned.combine, slots)
+    if isinstance(assigned, ExpertAssignment):
+        expert = jnp.arange(E)[:, None]
+        weights = jnp.zeros((S, E)).at[assigned.tokens, expert].set(assigned.gates, mode="drop")
+    else:
+        served = assigned.gates * (assigned.slots < assigned.capacity)
+        token = jnp.arange(S)[:, None]
+        weights = jnp.zeros((S, E)).at[token, assigned.experts].add(served, mode="drop")
+    return jnp.einsum("se,sef->sf", weights, by_expert)
+
+
+def sums_of_gates(assigned):
+    if isinstance(assigned, SoftAssignment):
+        return np.asarray(assigned.combine).sum(axis=(1, 2))
+    if isinstance(assigned, ExpertAssignment):
+        taken = np.asarray(assigned.tokens).reshape(-1)
+        gates = np.asarray(assigned.gates).reshape(-1)
+        return np.bincount(taken, gates, minlength=S + 1)[:S]
+    return np.asarray(assigned.gates).sum(axis=1)
+
+
+# The catalogue itself
+
+
+def test_config_lines_make_the_routers_and_capacities():
+    modules = (
+        balanced, capacity, deepseek, expert_choice, fixed, losses, noisy_top_k, scores, service,
+        soft, token_choice,
+    )  # fmt: skip
+    names = {name: value for module in modules for name, value in vars(module).items()}
+    for entry in ENTRIES:
+        assert eval(catalogue.config_line(entry.router), names) == entry.router
+        assert eval(catalogue.config_line(entry.capacity), names) == entry.capacity
+
+
+def test_every_router_class_has_an_entry_and_can_be_in_a_config():
+    assert {type(entry.router) for entry in ENTRIES} == set(catalogue.ROUTERS)
+    leaves, todo = set(), [assignment.Router]
+    while todo:
+        cls = todo.pop()
+        todo += cls.__subclasses__()
+        if cls.__module__.startswith("moe_jax.") and not cls.__abstractmethods__:
+            leaves.add(cls)
+    assert leaves == set(catalogue.ROUTERS)
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+
+
+def test_the_documentation_page_is_written_from_the_catalogue():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "routers.md"
+    assert page.read_text() == catalogue.routers_page(), "run experiments/router_table.py"
+
+
+@EVERY
+def test_fields_and_capacity_work_for_eight_experts(entry):
+    entry.router.validate(E)
+    for train in (True, False):
+        assert 1 <= entry.capacity.slots(S, entry.router.choices, E, train) <= S
+    route = routed(entry, TIGHT, True, vectors(S, D))
+    assert route.losses.keys() == entry.router.loss_weights.keys()
+
+
+# Causality
+
+
+def depends_on_later(entry, slots, train, positions):
+    """Whether changing one of the tokens changes an output before it."""
+    x = np.asarray(vectors(S, D))
+    before = np.asarray(output(routed(entry, slots, train, x).assignment, x))
+    changed = []
+    for t in positions:
+        other, ids = x.copy(), IDS.copy()
+        other[t], ids[t] = -2 * other[t], (ids[t] + 1) % V
+        after = np.asarray(output(routed(entry, slots, train, other, ids).assignment, other))
+        assert np.abs(after[t] - before[t]).max() > 0 or not after[t].any()
+        changed.append(np.abs(after[:t] - before[:t]).max() > 1e-5)
+    return any(changed)
+
+
+@EVERY
+def test_causality_is_declared_truly(entry):
+    positions = [*range(1, S, 6), S - 1]
+    if entry.router.leak is None:
+        assert not depends_on_later(entry, TIGHT, True, positions), "with drops"
+        assert not depends_on_later(entry, S, False, positions), "without drops"
+    else:
+        assert depends_on_later(entry, TIGHT, True, positions), "the declared leak does not exist"
+
+
+# Padding
+
+
+@EVERY
+@pytest.mark.parametrize("slots", [TIGHT, S])
+def test_contents_of_padding_change_nothing(entry, slots):
+    train = slots == TIGHT
+    mask = np.arange(S) % 5 != 3
+    x = np.asarray(vectors(S, D))
+    noise = np.where(mask[:, None], x, 50 * np.asarray(vectors(S, D, seed=5)))
+    ids = np.where(mask, IDS, (IDS + 17) % V)
+    plain = routed(entry, slots, train, x, IDS, mask)
+    other = routed(entry, slots, train, noise, ids, mask)
+    np.testing.assert_allclose(
+        output(other.assignment, noise)[mask], output(plain.assignment, x)[mask], atol=1e-4
+    )
+    assert not np.asarray(output(plain.assignment, x))[~mask].any()
+    for name, tree in {"losses": other.losses, "statistics": other.statistics}.items():
+        expected = getattr(plain, name)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), tree, expected
+        )
+
+
+@EVERY
+def test_a_group_of_padding_counts_nothing_and_is_finite(entry):
+    route = routed(entry, TIGHT, True, vectors(S, D), mask=np.zeros(S, bool))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(route))
+    for mean in (*route.losses.values(), *route.statistics.values()):
+        assert not np.any(mean.total) and mean.count == 0
+    assert not np.asarray(output(route.assignment, vectors(S, D))).any()
+
+
+# Capacity and gates
+
+
+@EVERY
+@pytest.mark.parametrize("slots", [TIGHT, S])
+def test_capacity_is_never_exceeded_and_no_slot_is_shared(entry, slots):
+    assigned = routed(entry, slots, slots == TIGHT, vectors(S, D)).assignment
+    if isinstance(assigned, SoftAssignment):
+        np.testing.assert_allclose(np.asarray(assigned.dispatch).sum(axis=0), 1, rtol=1e-5)
+        return
+    if isinstance(assigned, ExpertAssignment):
+        assert assigned.tokens.shape == (E, slots)
+        for tokens in np.asarray(assigned.tokens):
+            real = tokens[tokens < S]
+            assert len(set(real)) == len(real)
+        return
+    experts, slot = np.asarray(assigned.experts), np.asarray(assigned.slots)
+    held = slot < assigned.capacity
+    pairs = list(zip(experts[held], slot[held], strict=True))
+    assert len(pairs) == len(set(pairs))
+    assert (experts[held] < E).all() and slot.min() >= 0 and assigned.capacity == slots
+    if slots == S:
+        assert (held == (experts < E)).all(), "dropped though there is room for all"
+
+
+@EVERY
+def test_gates_sum_as_documented(entry):
+    sums = sums_of_gates(routed(entry, TIGHT, True, vectors(S, D)).assignment)
+    low, high = entry.gates
+    assert sums.min() >= low - 1e-5 and sums.max() <= high + 1e-5
+    if low == high:
+        return
+    assert sums.max() - sums.min() > 1e-3, "documented as a range, but constant"
+
+
+@EVERY
+def test_probabilities_are_distributions(entry):
+    probabilities = np.asarray(routed(entry, TIGHT, True, vectors(S, D)).probabilities)
+    assert probabilities.shape == (S, E) and probabilities.min() >= 0
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+
+
+# Symmetry
+
+
+def permutes(entry, slots):
+    """Whether permuting the tokens permutes the outputs, in evaluation."""
+    x = np.asarray(vectors(S, D))
+    shuffle = np.random.default_rng(1).permutation(S)
+    plain = output(routed(entry, slots, False, x).assignment, x)
+    moved = output(
+        routed(entry, slots, False, x[shuffle], IDS[shuffle]).assignment, jnp.asarray(x[shuffle])
+    )
+    return np.allclose(moved, np.asarray(plain)[shuffle], atol=1e-4)
+
+
+@EVERY
+def test_without_drops_permuting_tokens_permutes_outputs(entry):
+    # Draws by position, and the i-th slot for the i-th token, are about places and not tokens.
+    by_place = entry.name in ("Uniform random, per token", "Soft MoE, identity")
+    assert permutes(entry, S) != by_place
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("V-MoE, Batch Prioritized Routing", True),
+        ("V-MoE, assignment-level priority", True),
+        ("Expert Choice", True),
+        ("Switch", False),
+        ("GShard top-2", False),
+    ],
+)
+def test_with_drops_only_priorities_do_not_care_about_the_order(name, expected):
+    (entry,) = (entry for entry in ENTRIES if entry.name == name)
+    assert permutes(entry, TIGHT) == expected
+
+
+# Gradients
+
+
+@EVERY
+def test_gradients_are_finite_at_exact_balance(entry):
+    """All parameters 0: every expert is equally probable."""
+    zeros = jax.tree.map(jnp.zeros_like, parameters(ENTRIES.index(entry)))
+
+    def total(parameters, x):
+        inputs = group(x, token_ids=IDS, sequence_ids=SEQUENCES)
+        route = entry.router.route(parameters, inputs, E, S)
+        values = sum(mean.value() for mean in route.losses.values())
+        return values + output(route.assignment, x).sum()
+
+    for gradient in jax.tree.leaves(jax.jit(jax.grad(total, argnums=(0, 1)))(zeros, vectors(S, D))):
+        assert np.isfinite(gradient).all()
