@@ -11,6 +11,7 @@ from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.losses import Losses
 from moe_jax.routing.token_choice import TopK
 from moe_jax.training.experiment import Checkpointing, Evaluation, Experiment, Logging
 from moe_jax.training.optimizers import AdamW
@@ -30,7 +31,7 @@ def get_config() -> Experiment:
             max_length=128,
             unroll=True,  # A scanned step takes 1.3 times as long on a CPU.
             moe=MoEConfig(
-                router=TopK(k=1, gate_scale=8, load_balancing_weight=1e-2),
+                router=TopK(k=1, gate_scale=8, losses=Losses(load_balancing=1e-2)),
                 capacity=Capacity(train_factor=1.25, evaluation_factor=2.0),
                 group_size=256,
             ),

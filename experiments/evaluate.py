@@ -1,25 +1,38 @@
 """Held-out loss of a run, in total and per domain.
 
     python experiments/evaluate.py --workdir=runs/quickstart/moe [--split=test] [--format=json]
+        [--routing [--saturation_from=STEP]]
 
 Uses the newest good checkpoint; --mesh=data:1,expert:2 evaluates on another mesh than the run's.
+--routing also writes where every token went, summed up, to the run's folder: load, balance, drops by
+position, experts by domain, co-activation and more, as routing_<split>_<step>.json and .png.
 """
 
 import json
 import math
+import sys
 
 import jax
 from absl import flags
 
+from etils import epath
+
 from moe_jax import command_line
+from moe_jax.analysis import routing_report
 from moe_jax.data.pipelines import TextPipeline
+from moe_jax.errors import UserError
 from moe_jax.training.loop import Evaluator
+from moe_jax.training.observation import routing_statistics
 from moe_jax.training.trained import Trained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "test"], "Held-out split.")
 _BATCHES = flags.DEFINE_integer("batches", None, "Batches; default: the config's.", lower_bound=1)
 _MESH = flags.DEFINE_string("mesh", "", "Such as data:2,expert:4; default: the run's.")
+_ROUTING = flags.DEFINE_bool("routing", False, "Also write statistics of the routing.")
+_SATURATION = flags.DEFINE_integer(
+    "saturation_from", None, "Step of a kept checkpoint whose routing is compared, with --routing."
+)
 _FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What stdout gets.")
 
 
@@ -31,7 +44,11 @@ def main() -> None:
     data = TextPipeline(config.data, config.seed)
     evaluate = Evaluator(trained.run, data, _SPLIT.value, batches)
     with jax.set_mesh(trained.run.mesh):
-        losses = evaluate(trained.parameters)
+        losses = evaluate(trained.parameters, trained.variables)
+    if _SATURATION.value is not None and not _ROUTING.value:
+        raise UserError("saturation_from is set, but it needs --routing; give both.")
+    if _ROUTING.value:
+        _write_routing(trained, data, batches)
     if _FORMAT.value == "json":
         print(json.dumps({"step": trained.step, "split": _SPLIT.value, **losses}))
         return
@@ -40,6 +57,19 @@ def main() -> None:
     for name, loss in losses.items():
         domain = name.removeprefix("eval/loss").removeprefix("/") or "all"
         print(f"{domain:24}{loss:12.4f}{loss / math.log(2):12.4f}")
+
+
+def _write_routing(trained: Trained, data: TextPipeline, batches: int) -> None:
+    """Observes the same batches and writes the JSON and the picture."""
+    earlier = None
+    if _SATURATION.value is not None:
+        earlier = Trained.load(_WORKDIR.value, _MESH.value, _SATURATION.value)
+    summaries = routing_statistics(trained, data, _SPLIT.value, batches, earlier)
+    stem = epath.Path(_WORKDIR.value) / f"routing_{_SPLIT.value}_{trained.step}"
+    routing_report.write_json(summaries, data.domains, f"{stem}.json")
+    title = f"{_WORKDIR.value}, step {trained.step}, {_SPLIT.value} split"
+    routing_report.save(summaries, data.domains, title, f"{stem}.png")
+    print(f"where the tokens went is in {stem}.json and .png", file=sys.stderr)
 
 
 if __name__ == "__main__":

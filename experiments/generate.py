@@ -29,7 +29,7 @@ def main() -> None:
     """Generates and prints."""
     trained = Trained.load(_WORKDIR.value, _MESH.value)
     texts = continue_texts(
-        trained.run.definition.merge(trained.parameters),
+        trained.model,
         trained.run.mesh,
         _PROMPT.value,
         _NEW.value,

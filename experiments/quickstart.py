@@ -77,7 +77,7 @@ def _mesh_for_this_machine(config: MeshConfig) -> MeshConfig:
 
 def _print_sample(workdir: epath.Path) -> None:
     trained = Trained.load(workdir)
-    model = trained.run.definition.merge(trained.parameters)
+    model = trained.model
     sampling = Sampling(temperature=0.7, top_k=40)
     new_tokens = trained.run.config.model.max_length - len(_PROMPT)
     text = continue_texts(model, trained.run.mesh, [_PROMPT], new_tokens, sampling, seed=0)[0]

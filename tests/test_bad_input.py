@@ -48,7 +48,7 @@ def one_sentence(message: str) -> bool:
         ),
         (
             [f"--config={CONFIG}", "--config.model.moe.router.q=2"],
-            ["config.model.moe.router has no field 'q'", "jitter"],
+            ["config.model.moe.router has no field 'q'", "renormalize"],
         ),
         ([f"--config={CONFIG}", "--config.model.width=wide"], ["config.model.width", "wide"]),
         ([f"--config={CONFIG}", "--config.model.width=1.5"], ["config.model.width", "1.5"]),

@@ -4,6 +4,7 @@ from moe_jax.data.pipelines import TextData
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.routing.scores import Exploration
 from moe_jax.routing.token_choice import TopK
 from moe_jax.training.experiment import Checkpointing, Evaluation, Experiment, Logging
 from moe_jax.training.optimizers import AdamW
@@ -22,7 +23,7 @@ def tiny_config(data_dir: str) -> Experiment:
             num_experts=4,
             max_length=32,
             dropout=0.1,
-            moe=MoEConfig(router=TopK(jitter=0.01), group_size=64, expert_dropout=0.1),
+            moe=MoEConfig(router=TopK(exploration=Exploration.JITTER, exploration_rate=0.01), group_size=64, expert_dropout=0.1),
         ),
         data=TextData(data_dir=data_dir, sequence_length=32, batch_size=16),
         optimizer=AdamW(learning_rate=1e-2, warmup_steps=2),

@@ -17,7 +17,7 @@ import math
 import jax
 
 from moe_jax.errors import UserError
-from moe_jax.models.decoder_lm import DecoderLMConfig
+from moe_jax.models.decoder_lm import DecoderLMConfig, SparseDense
 from moe_jax.models.definition import ModelDefinition
 
 
@@ -44,27 +44,29 @@ def of_decoder_lm(config: DecoderLMConfig, length: int) -> Accounting:
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     sparse = len(config.moe_layers)
     dense = config.num_layers - sparse
+    if config.sparse_dense != SparseDense.NONE:
+        dense += sparse
     expert = 2 * config.width * config.mlp_width  # Parameters of one feed-forward network.
     heads = config.num_heads * config.head_width
-    shared = 2.0 * (
+    common = 2.0 * (
         config.num_layers * 4 * config.width * heads
-        + dense * expert
+        + (dense + sparse * config.moe.shared_experts) * expert
         + config.vocab_size * config.width
     )
     scores = config.num_layers * 4 * heads  # Per attended position: q k and weights times v.
-    algorithmic = shared + scores * (length + 1) / 2
-    executed = shared + scores * length
-    activated = parameters
-    if sparse:
-        moe, experts = config.moe, config.num_experts
-        choices = moe.router.choices
-        slots = moe.capacity.slots(moe.group_size, choices, experts, train=True)
-        algorithmic += sparse * 2 * expert * choices
-        executed += (
-            sparse * 2 * (expert * experts * slots / moe.group_size + config.width * experts)
-        )
-        activated -= sparse * expert * (experts - choices)
-    return Accounting(parameters, activated, algorithmic, executed)
+    seen = length if config.bidirectional else (length + 1) / 2
+    algorithmic = common + scores * seen
+    executed = common + scores * length
+    activated: float = parameters
+    moe, tokens = config.moe, config.moe.group_size
+    for num_experts in config.experts_of_layers if sparse else ():
+        slots = moe.slots(num_experts, train=True)
+        visited = moe.router.experts_per_token(tokens, num_experts, slots)
+        buffers = moe.router.buffer_slots(slots) * num_experts
+        algorithmic += 2 * expert * visited
+        executed += 2 * (expert * buffers / tokens + config.width * num_experts)
+        activated -= expert * (num_experts - visited)
+    return Accounting(parameters, round(activated), algorithmic, executed)
 
 
 def dense_twin(config: DecoderLMConfig) -> DecoderLMConfig:
@@ -80,9 +82,9 @@ def dense_twin(config: DecoderLMConfig) -> DecoderLMConfig:
     return dataclasses.replace(config, moe_every=0)
 
 
-def statistics_bytes_per_layer(num_experts: int) -> int:
-    """Bytes that a MoE layer's losses and statistics add to the step's all-reduces.
+def statistics_bytes_per_layer(num_experts: int, num_losses: int) -> int:
+    """Bytes that a token-choice layer's losses and statistics add to the step's all-reduces.
 
-    (sum, count) pairs: load has E + 1 floats; five scalar losses and statistics have 2 each.
+    (sum, count) pairs: load has E + 1 floats; the losses and three scalar statistics have 2 each.
     """
-    return 4 * (num_experts + 1 + 5 * 2)
+    return 4 * (num_experts + 1 + (num_losses + 3) * 2)

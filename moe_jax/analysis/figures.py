@@ -104,8 +104,9 @@ def _draw_routing(axes: Axes, records: Records, moe_layers: Sequence[int]) -> No
     right = axes.twinx()
     for style, layer in zip(_line_styles(len(moe_layers)), moe_layers, strict=True):
         steps, dropped = _series(records, f"router/{layer}/dropped")
-        _, uneven = _series(records, f"router/{layer}/max_over_mean_load")
-        axes.plot(steps, 100 * dropped, style, color=SPARSE, label=f"block {layer}, dropped")
+        if len(steps):  # Soft MoE drops nothing and has no such metric.
+            axes.plot(steps, 100 * dropped, style, color=SPARSE, label=f"block {layer}, dropped")
+        steps, uneven = _series(records, f"router/{layer}/max_over_mean_load")
         right.plot(steps, uneven, style, color=DENSE, label=f"block {layer}, max/mean load")
     axes.set_ylabel("dropped (% of assignments)", color=SPARSE)
     right.set_ylabel("max/mean load", color=DENSE)

@@ -44,9 +44,10 @@ class CacheView:
 
 
 class Attention(nnx.Module):
-    """softmax(q k / sqrt(h)) v over the token itself and earlier ones (Vaswani 2017), no biases.
+    """softmax(q k / sqrt(h)) v (Vaswani 2017), no biases.
 
-    Queries and keys are rotated by their positions (`rotate`), so a cache holds rotated keys.
+    A token sees itself and earlier ones, or all of its sequence where `causal` is False. Queries
+    and keys are rotated by their positions (`rotate`), so a cache holds rotated keys.
 
     Attributes:
       qkv: [d, 3, H, h] float32.
@@ -54,7 +55,13 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, head_width: int, scale: float, key: jax.Array
+        self,
+        width: int,
+        num_heads: int,
+        head_width: int,
+        scale: float,
+        key: jax.Array,
+        causal: bool = True,
     ) -> None:
         qkv_key, out_key = jax.random.split(key)
         qkv = scaled_truncated_normal(qkv_key, (width, 3, num_heads, head_width), width, scale)
@@ -63,6 +70,7 @@ class Attention(nnx.Module):
         )
         self.qkv = nnx.Param(qkv, axes=("embed", "qkv", "heads", "head"))
         self.out = nnx.Param(out, axes=("heads", "head", "embed"))
+        self.causal = causal
 
     def __call__(
         self,
@@ -98,7 +106,7 @@ class Attention(nnx.Module):
         else:
             readable = None if mask is None else mask[:, None, None, :]
             attended = jax.nn.dot_product_attention(
-                query, key, value, mask=readable, is_causal=True
+                query, key, value, mask=readable, is_causal=self.causal
             )
         return jnp.einsum("blHh,Hhd->bld", attended, self.out[...].astype(dtype)), cache
 

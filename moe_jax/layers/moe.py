@@ -1,5 +1,7 @@
 """The Mixture-of-Experts layer: route, dispatch, experts, combine, in one shard_map.
 
+`MoE` can be used in any NNX model, and through `nnx.bridge.ToLinen` in a Linen one; see examples/.
+
 Axis letters
   B batch, L length    T = B * L tokens    G groups, S = T / G tokens per group
   K choices per token  E experts           C slots per expert and group
@@ -22,6 +24,7 @@ from moe_jax.errors import UserError
 from moe_jax.layers.dropout import dropout_by_token
 from moe_jax.layers.initializers import scaled_truncated_normal
 from moe_jax.layers.mode import Mode
+from moe_jax.layers.shared_experts import BranchMix, SharedExperts
 from moe_jax.parallel.mesh import DATA, EXPERT, MODEL, TOKEN_AXES, mesh_in_force
 from moe_jax.parallel.sharding import axis_size
 from moe_jax.routing.assignment import Mean, Router, RouterInputs, Routing
@@ -41,6 +44,9 @@ class MoEConfig:
         consecutive tokens of the batch, so the result does not depend on the mesh.
       dispatch: how tokens reach their experts: any `moe_jax.dispatch.interface.Dispatch`.
       expert_dropout: dropout rate inside the experts (Switch section 2.4: 0.4 in fine-tuning).
+      shared_experts: experts that every token visits beside the routed ones, as one dense branch of
+        that many times the expert width (DeepSeekMoE; 1 is DeepSpeed's residual MoE).
+      shared_mix: how the branch and the routed experts are added.
     """
 
     router: Router = dataclasses.field(default_factory=TopK)
@@ -48,15 +54,35 @@ class MoEConfig:
     group_size: int = 1024
     dispatch: Dispatch = dataclasses.field(default_factory=Gather)
     expert_dropout: float = 0.0
+    shared_experts: int = 0
+    shared_mix: BranchMix = BranchMix.SUM
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError where the layer could not be built with E experts."""
+        if num_experts < 1:
+            raise UserError(f"model.num_experts is {num_experts}; it must be at least 1.")
         self.router.validate(num_experts)
         self.capacity.validate()
         if self.group_size < 1:
             raise UserError(f"moe.group_size is {self.group_size}; it must be at least 1 token.")
+        for train in (True, False):
+            self.slots(num_experts, train)
+        if self.shared_experts < 0:
+            raise UserError(f"moe.shared_experts is {self.shared_experts}; it must be at least 0.")
+        if self.shared_mix != BranchMix.SUM and not self.shared_experts:
+            raise UserError(
+                f"moe.shared_mix is {self.shared_mix}, but moe.shared_experts is 0; set it to 1."
+            )
         if not 0 <= self.expert_dropout < 1:
             raise UserError(f"moe.expert_dropout is {self.expert_dropout}; it must be in [0, 1).")
+
+    def slots(self, num_experts: int, train: bool) -> int:
+        """C, slots per expert and group.
+
+        Raises:
+          UserError: the capacity policy gives none.
+        """
+        return self.capacity.slots(self.group_size, self.router.choices, num_experts, train)
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +102,27 @@ class TokenInfo:
     positions: jax.Array
     sequence_ids: jax.Array
 
+    @classmethod
+    def of(cls, token_ids: jax.Array, rows_mask: jax.Array | None = None) -> "TokenInfo":
+        """Of rows that are one sequence each and wholly real or wholly padding.
+
+        Args:
+          token_ids: [B, L] int32.
+          rows_mask: [B] bool, False for rows of padding; None for none.
+        """
+        shape = token_ids.shape
+        mask = jnp.ones(shape[:1], bool) if rows_mask is None else rows_mask
+        return cls(
+            jnp.broadcast_to(mask[:, None], shape),
+            token_ids,
+            jax.lax.broadcasted_iota(jnp.int32, shape, 1),
+            jax.lax.broadcasted_iota(jnp.int32, shape, 0),
+        )
+
+
+class RouterState(nnx.Variable):
+    """Arrays of a router that no gradient trains, such as DeepSeek-V3's expert bias."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +132,12 @@ class MoEReport:
     Attributes:
       losses: name -> [] float32, before coefficients.
       statistics: name -> [] or [E] float32.
+      routing: of every group, with a leading axis G; in Mode.OBSERVE only.
     """
 
     losses: dict[str, jax.Array]
     statistics: dict[str, jax.Array]
+    routing: Routing | None = None
 
 
 class MoE(nnx.Module):
@@ -96,8 +145,10 @@ class MoE(nnx.Module):
 
     Attributes:
       router: the router's parameters, float32, whole on every device.
+      router_state: the router's arrays that no gradient trains; renewed by calls in Mode.TRAIN.
       w_in: [E, d, f] float32.
       w_out: [E, f, d] float32.
+      shared: the dense branch beside them, if there is one.
     """
 
     def __init__(
@@ -109,6 +160,16 @@ class MoE(nnx.Module):
         scale: float,
         key: jax.Array,
     ) -> None:
+        """Draws the parameters.
+
+        Args:
+          config: the routing.
+          width: d.
+          mlp_width: f.
+          num_experts: E.
+          scale: s of the truncated normal with variance s / fan_in (Switch: 0.1).
+          key: PRNG key.
+        """
         router_key, in_key, out_key = jax.random.split(key, 3)
         self.config = nnx.static(config)
         self.num_experts = num_experts
@@ -118,10 +179,28 @@ class MoE(nnx.Module):
                 for name, value in config.router.init(router_key, width, num_experts).items()
             }
         )
+        self.router_state = nnx.data(
+            {
+                name: RouterState(value, axes=("router",) * value.ndim)
+                for name, value in config.router.init_state(num_experts).items()
+            }
+        )
         w_in = scaled_truncated_normal(in_key, (num_experts, width, mlp_width), width, scale)
         w_out = scaled_truncated_normal(out_key, (num_experts, mlp_width, width), mlp_width, scale)
         self.w_in = nnx.Param(w_in, axes=("experts", "expert_embed", "mlp"))
         self.w_out = nnx.Param(w_out, axes=("experts", "mlp", "expert_embed"))
+        self.shared = (
+            SharedExperts(
+                width,
+                config.shared_experts * mlp_width,
+                config.shared_mix,
+                config.expert_dropout,
+                scale,
+                jax.random.fold_in(key, 3),
+            )
+            if config.shared_experts
+            else None
+        )
 
     def __call__(
         self, x: jax.Array, info: TokenInfo, mode: Mode, key: jax.Array | None
@@ -131,7 +210,7 @@ class MoE(nnx.Module):
         Args:
           x: [B, L, d] in the compute dtype.
           info: of each token.
-          mode: decides noise and capacity.
+          mode: decides noise, capacity and what the report holds.
           key: PRNG key of this layer and step; None where nothing is random.
 
         Returns:
@@ -147,19 +226,25 @@ class MoE(nnx.Module):
         groups = number_of_groups(tokens, group_size, axis_size(mesh, TOKEN_AXES))
         capacity = group_size
         if mode != Mode.DECODE:
-            capacity = self.config.capacity.slots(
-                group_size, self.config.router.choices, self.num_experts, mode == Mode.TRAIN
-            )
+            capacity = self.config.slots(self.num_experts, mode == Mode.TRAIN)
+        state = {name: value[...] for name, value in self.router_state.items()}
         grouped = jax.tree.map(lambda a: a.reshape(groups, group_size, *a.shape[2:]), (x, info))
         y, report = _moe_shard_map(mesh, self.config, self.num_experts, capacity, mode)(
             *grouped,
             jnp.arange(tokens, dtype=jnp.int32).reshape(groups, group_size),
-            {name: value[...] for name, value in self.router.items()},
+            {name: value[...] for name, value in self.router.items()} | state,
             self.w_in[...],
             self.w_out[...],
             jax.random.key(0) if key is None else key,
         )
-        return y.reshape(x.shape), report
+        if mode == Mode.TRAIN:
+            for name, value in self.config.router.next_state(state, report.statistics).items():
+                self.router_state[name][...] = jax.lax.stop_gradient(value)
+        y = y.reshape(x.shape)
+        if self.shared is not None:
+            shared_key = None if key is None or mode != Mode.TRAIN else jax.random.fold_in(key, 1)
+            y = self.shared(x, y, shared_key)
+        return y, report
 
 
 def number_of_groups(tokens: int, group_size: int, shards: int) -> int:
@@ -200,7 +285,7 @@ def _moe_shard_map(
         ),
         mesh=mesh,
         in_specs=(tokens, tokens, tokens, PartitionSpec(), w_in, w_out, PartitionSpec()),
-        out_specs=(tokens, PartitionSpec()),
+        out_specs=(tokens, MoEReport(PartitionSpec(), PartitionSpec(), tokens)),  # type: ignore[arg-type]
     )
 
 
@@ -230,13 +315,20 @@ def _moe_of_shard(
       key: of this layer and step.
       config, num_experts, capacity, mode: static.
     """
-    router_key, dropout_key = jax.random.split(key)
+    router_key, shared_key, dropout_key = jax.random.split(key, 3)
     train = mode == Mode.TRAIN
 
     def route(x: jax.Array, info: TokenInfo, index: jax.Array) -> Routing:
         group_key = jax.random.fold_in(router_key, index)
         inputs = RouterInputs(
-            x, info.mask, info.token_ids, info.positions, info.sequence_ids, group_key, train
+            x,
+            info.mask,
+            info.token_ids,
+            info.positions,
+            info.sequence_ids,
+            group_key,
+            shared_key,
+            train,
         )
         return config.router.route(router, inputs, num_experts, capacity)
 
@@ -260,7 +352,10 @@ def _moe_of_shard(
         varying, routing.assignment, token_index, experts, num_experts, EXPERT
     )
     y = jax.lax.psum(y, MODEL)
-    return y, _reduced_report(routing)
+    report = _reduced_report(routing)
+    if mode == Mode.OBSERVE:
+        report = dataclasses.replace(report, routing=routing)
+    return y, report
 
 
 def _gather_over_data(w: jax.Array, axis: int) -> jax.Array:
@@ -290,6 +385,5 @@ def _reduced_report(routing: Routing) -> MoEReport:
     flat, unravel = ravel_pytree(local)
     losses, statistics = unravel(jax.lax.psum(flat, TOKEN_AXES))
     values = jax.tree.map(Mean.value, statistics, is_leaf=lambda leaf: isinstance(leaf, Mean))
-    if "load" in values:  # Soft routing has none.
-        values |= of_load(values["load"])
+    values |= of_load(values["load"])
     return MoEReport({name: mean.value() for name, mean in losses.items()}, values)

@@ -1,15 +1,17 @@
-"""Decoder-only language model with a Mixture-of-Experts in every n-th block.
+"""Language model of one stack of blocks, with a Mixture-of-Experts in every n-th.
 
 Axis letters: B batch, L length, M cache length, d width, f feed-forward width, E experts,
 V vocabulary.
 
 Blocks repeat as one stacked period: `moe_every - 1` dense blocks and one MoE block, created by
-`nnx.vmap` and run by `lax.scan`, so tracing time does not grow with depth.
+`nnx.vmap` and run by `lax.scan`, so tracing time does not grow with depth. A stage is a run of
+periods with equally many experts; a model has one stage unless `experts_by_layer` says otherwise.
 """
 
 import dataclasses
 import enum
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from moe_jax.layers.dropout import dropout
 from moe_jax.layers.embedding import TokenEmbedding
 from moe_jax.layers.feed_forward import FeedForward
 from moe_jax.layers.mode import Mode
-from moe_jax.layers.moe import MoE, MoEConfig, MoEReport, TokenInfo
+from moe_jax.layers.moe import MoE, MoEConfig, MoEReport, RouterState, TokenInfo
 from moe_jax.layers.normalization import RMSNorm
 from moe_jax.parallel.sharding import constrain
 
@@ -42,9 +44,20 @@ class Remat(enum.StrEnum):
     FULL = "full"
 
 
+class SparseDense(enum.StrEnum):
+    """Where a MoE block has a dense feed-forward layer besides: nowhere, before or after the MoE.
+
+    ST-MoE section 4.3 and Table 16, "sparse-dense block"; the layer has its own norm and residual.
+    """
+
+    NONE = "none"
+    BEFORE = "before"
+    AFTER = "after"
+
+
 @dataclasses.dataclass
 class DecoderLMConfig:
-    """A decoder-only language model.
+    """A decoder-only language model, or a bidirectional one for masked-token objectives.
 
     Attributes:
       vocab_size: V, at least the tokenizer's.
@@ -55,8 +68,14 @@ class DecoderLMConfig:
       head_width: width of a head.
       mlp_width: f, of dense feed-forward layers and of each expert.
       num_experts: E.
+      experts_by_layer: number of experts of each MoE layer, in place of `num_experts` (DeepSpeed's
+        pyramid: 32, ..., 64); empty for the same everywhere.
       moe_every: every n-th block has a MoE in place of the feed-forward layer; 0 for a dense model.
       moe: how tokens are routed.
+      sparse_dense: a dense feed-forward layer beside each MoE.
+      bidirectional: tokens see later ones too; such a model cannot generate.
+      accept_leak: let a decoder have a router through which tokens learn of later ones, as GLaM's and
+        GShard's do when tokens are dropped. Its loss may then be better than it can generate.
       dropout: rate on embeddings, on each block's outputs and inside dense feed-forward layers.
       init_scale: s of the truncated normal with variance s / fan_in.
       dtype: compute dtype.
@@ -72,8 +91,12 @@ class DecoderLMConfig:
     head_width: int = 32
     mlp_width: int = 512
     num_experts: int = 8
+    experts_by_layer: tuple[int, ...] = ()
     moe_every: int = 2
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+    sparse_dense: SparseDense = SparseDense.NONE
+    bidirectional: bool = False
+    accept_leak: bool = False
     dropout: float = 0.0
     init_scale: float = 1.0
     dtype: ComputeDtype = ComputeDtype.FLOAT32
@@ -90,6 +113,17 @@ class DecoderLMConfig:
         """Indices of the blocks that have a MoE."""
         every = self.moe_every
         return list(range(every - 1, self.num_layers, every)) if every else []
+
+    @property
+    def experts_of_layers(self) -> list[int]:
+        """Number of experts of each MoE layer."""
+        return list(self.experts_by_layer) or [self.num_experts] * len(self.moe_layers)
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """(number of experts, number of periods) of each run of equal periods; 0 experts if dense."""
+        experts = self.experts_of_layers if self.moe_every else [0] * self.num_periods
+        return [(count, len(list(run))) for count, run in itertools.groupby(experts)]
 
     def validate(self) -> None:
         """Raises UserError for a model that could not be built."""
@@ -113,12 +147,23 @@ class DecoderLMConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1).")
         if self.moe_every:
-            self.moe.validate(self.num_experts)
-            if not self.moe.router.causal:
-                raise UserError(
-                    f"model.moe.router is {type(self.moe.router).__name__}, which lets a token see "
-                    "later ones; a decoder needs a causal router such as TopK."
-                )
+            self._validate_moe()
+
+    def _validate_moe(self) -> None:
+        if self.experts_by_layer and len(self.experts_by_layer) != len(self.moe_layers):
+            raise UserError(
+                f"model.experts_by_layer has {len(self.experts_by_layer)} entries, but "
+                f"{len(self.moe_layers)} blocks have a MoE; give one number for each."
+            )
+        for num_experts in sorted(set(self.experts_of_layers)):
+            self.moe.validate(num_experts)
+        leak = self.moe.router.leak
+        if leak and not self.bidirectional and not self.accept_leak:
+            raise UserError(
+                f"model.moe.router is {type(self.moe.router).__name__}, with which a decoder would "
+                f"look ahead: {leak}; use a causal router or order of service, a bidirectional "
+                "model, or accept it with model.accept_leak=true."
+            )
 
     def build(self, key: jax.Array) -> "DecoderLM":
         """Creates the model with freshly drawn parameters."""
@@ -144,22 +189,29 @@ class Cache:
 class Block(nnx.Module):
     """Pre-normalised attention, then a feed-forward layer or a MoE."""
 
-    def __init__(self, config: DecoderLMConfig, sparse: bool, key: jax.Array) -> None:
+    def __init__(self, config: DecoderLMConfig, num_experts: int, key: jax.Array) -> None:
+        """Draws the parameters; `num_experts` 0 makes a dense block."""
         attention_key, mlp_key = jax.random.split(key)
-        scale = config.init_scale
-        self.attention_norm = RMSNorm(config.width)
+        width, mlp_width, scale = config.width, config.mlp_width, config.init_scale
+        self.attention_norm = RMSNorm(width)
         self.attention = Attention(
-            config.width, config.num_heads, config.head_width, scale, attention_key
+            width,
+            config.num_heads,
+            config.head_width,
+            scale,
+            attention_key,
+            causal=not config.bidirectional,
         )
-        self.mlp_norm = RMSNorm(config.width)
+        self.mlp_norm = RMSNorm(width)
         self.mlp: MoE | FeedForward
-        if sparse:
-            self.mlp = MoE(
-                config.moe, config.width, config.mlp_width, config.num_experts, scale, mlp_key
-            )
+        if num_experts:
+            self.mlp = MoE(config.moe, width, mlp_width, num_experts, scale, mlp_key)
         else:
-            self.mlp = FeedForward(config.width, config.mlp_width, config.dropout, scale, mlp_key)
+            self.mlp = FeedForward(width, mlp_width, config.dropout, scale, mlp_key)
+        has_dense = num_experts and config.sparse_dense != SparseDense.NONE
+        self.dense = DenseSublayer(config, jax.random.fold_in(mlp_key, 4)) if has_dense else None
         self.dropout = config.dropout
+        self.dense_first = config.sparse_dense == SparseDense.BEFORE
 
     def __call__(
         self,
@@ -172,11 +224,15 @@ class Block(nnx.Module):
         view: CacheView | None,
     ) -> tuple[jax.Array, KeyValues | None, MoEReport | None]:
         """[B, L, d] to [B, L, d]; also the updated cache, and a MoE's report."""
-        attention_key, mlp_key, out_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+        attention_key, mlp_key, out_key, dense_key = (
+            (None,) * 4 if key is None else jax.random.split(key, 4)
+        )
         attended, cache = self.attention(
             self.attention_norm(x), info.positions, info.mask if padded else None, cache, view
         )
         x = x + dropout(attended, self.dropout, attention_key)
+        if self.dense is not None and self.dense_first:
+            x = self.dense(x, dense_key)
         normed = self.mlp_norm(x)
         report = None
         if isinstance(self.mlp, MoE):
@@ -184,16 +240,35 @@ class Block(nnx.Module):
         else:
             y = self.mlp(normed, mlp_key)
         x = constrain(x + dropout(y, self.dropout, out_key), "batch", "length", "width")
+        if self.dense is not None and not self.dense_first:
+            x = self.dense(x, dense_key)
         return x, cache, report
+
+
+class DenseSublayer(nnx.Module):
+    """The dense half of a sparse-dense block: x + dropout(feed_forward(norm(x)))."""
+
+    def __init__(self, config: DecoderLMConfig, key: jax.Array) -> None:
+        self.norm = RMSNorm(config.width)
+        self.feed_forward = FeedForward(
+            config.width, config.mlp_width, config.dropout, config.init_scale, key
+        )
+        self.dropout = config.dropout
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """[B, L, d] to [B, L, d]; `key` None switches dropout off."""
+        inner_key, out_key = (None,) * 2 if key is None else jax.random.split(key)
+        y = self.feed_forward(self.norm(x), inner_key)
+        return constrain(x + dropout(y, self.dropout, out_key), "batch", "length", "width")
 
 
 class Period(nnx.Module):
     """The blocks that repeat: dense ones, and a MoE block at the end."""
 
-    def __init__(self, config: DecoderLMConfig, key: jax.Array) -> None:
+    def __init__(self, config: DecoderLMConfig, num_experts: int, key: jax.Array) -> None:
         count = max(config.moe_every, 1)
         self.blocks = nnx.List(
-            Block(config, bool(config.moe_every) and i == count - 1, k)
+            Block(config, num_experts if i == count - 1 else 0, k)
             for i, k in enumerate(jax.random.split(key, count))
         )
 
@@ -225,8 +300,11 @@ class DecoderLM(nnx.Module):
         token_key, period_key = jax.random.split(key)
         self.config = nnx.static(config)
         self.tokens = TokenEmbedding(config.vocab_size, config.width, 1.0, token_key)
-        self.periods = nnx.vmap(functools.partial(Period, config))(
-            jax.random.split(period_key, config.num_periods)
+        keys = jax.random.split(period_key, config.num_periods)
+        starts = itertools.accumulate((count for _, count in config.stages), initial=0)
+        self.stages = nnx.List(
+            nnx.vmap(functools.partial(Period, config, num_experts))(keys[start : start + count])
+            for start, (num_experts, count) in zip(starts, config.stages, strict=False)
         )
         self.norm = RMSNorm(config.width)
 
@@ -237,8 +315,8 @@ class DecoderLM(nnx.Module):
         mode: Mode,
         key: jax.Array | None = None,
         cache: Cache | None = None,
-    ) -> tuple[jax.Array, MoEReport | None, Cache | None]:
-        """Predicts the next token everywhere.
+    ) -> tuple[jax.Array, list[MoEReport], Cache | None]:
+        """Predicts the next token everywhere (a bidirectional model: the masked ones).
 
         Args:
           tokens: [B, L] int32.
@@ -248,8 +326,9 @@ class DecoderLM(nnx.Module):
           cache: of earlier calls; the tokens continue where it stands.
 
         Returns:
-          logits [B, L, V] float32; the MoE layers' report with a leading axis over periods (None
-          for a dense model); the cache after this call (None if there was none).
+          logits [B, L, V] float32; the MoE layers' reports, one for each stage with a leading axis
+          over its periods (none for a dense model); the cache after this call (None if there was
+          none).
 
         Raises:
           UserError: the sequence is longer than `max_length`.
@@ -273,26 +352,58 @@ class DecoderLM(nnx.Module):
 
         x = self.tokens(tokens, dtype)
         x = dropout(constrain(x, "batch", "length", "width"), config.dropout, embed_key)
-        definition, parameters = nnx.split(self.periods)
+        reports, layers, start = [], [], 0
+        for stage in self.stages:
+            x, caches, report = self._run_stage(
+                stage, start, x, info, padded, mode, period_key, cache, view
+            )
+            layers.append(caches)
+            start += _periods_of(stage)
+            if report is not None:
+                reports.append(report)
+        if cache is not None and view is not None:
+            stacked = jax.tree.map(lambda *a: jnp.concatenate(a), *layers)
+            cache = Cache(stacked, view.filled, cache.start + tokens.shape[1])
+        return self.tokens.logits(self.norm(x)), reports, cache
+
+    def _run_stage(
+        self,
+        stage: Period,
+        start: int,
+        x: jax.Array,
+        info: TokenInfo,
+        padded: bool,
+        mode: Mode,
+        key: jax.Array | None,
+        cache: Cache | None,
+        view: CacheView | None,
+    ) -> tuple[jax.Array, KeyValues | None, MoEReport | None]:
+        """Scans over the stacked periods of a stage, the first of which is period `start`."""
+        config: DecoderLMConfig = self.config
+        count = _periods_of(stage)
+        definition, values = nnx.split(stage)
 
         def period(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
             values, index, caches = scanned
-            k = None if period_key is None else jax.random.fold_in(period_key, index)
-            x, caches, report = nnx.merge(definition, values)(
-                x, info, padded, mode, k, caches, view
-            )
-            return x, (caches, report)
+            k = None if key is None else jax.random.fold_in(key, index)
+            module = nnx.merge(definition, values)
+            x, caches, report = module(x, info, padded, mode, k, caches, view)
+            return x, (caches, report, nnx.state(module, RouterState))
 
         caches = None if cache is None else cache.layers
-        x, (caches, report) = jax.lax.scan(
+        x, (caches, report, router_states) = jax.lax.scan(
             _rematerialized(period, config.remat),
             x,
-            (parameters, jnp.arange(config.num_periods), caches),
-            unroll=config.num_periods if config.unroll else 1,
+            (
+                values,
+                jnp.arange(start, start + count),
+                jax.tree.map(lambda a: a[start : start + count], caches),
+            ),
+            unroll=count if config.unroll else 1,
         )
-        if cache is not None and view is not None:
-            cache = Cache(caches, view.filled, cache.start + tokens.shape[1])
-        return self.tokens.logits(self.norm(x)), report, cache
+        if mode == Mode.TRAIN:
+            nnx.update(stage, router_states)
+        return x, caches, report
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `batch` sequences of up to `length` tokens, padding included."""
@@ -305,6 +416,11 @@ class DecoderLM(nnx.Module):
         return Cache(
             KeyValues(zeros, zeros), jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32)
         )
+
+
+def _periods_of(stage: Period) -> int:
+    """How many periods are stacked in a stage."""
+    return len(stage.blocks[0].mlp_norm.scale[...])
 
 
 def _token_info(tokens: jax.Array, mask: jax.Array, cache: Cache | None) -> TokenInfo:

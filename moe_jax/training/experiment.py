@@ -15,8 +15,11 @@ from moe_jax.layers.moe import MoEConfig, number_of_groups
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.routing.capacity import Capacity
-from moe_jax.routing.token_choice import TopK
+from moe_jax.routing.catalogue import ROUTERS
+from moe_jax.routing.losses import Losses
 from moe_jax.tasks.language_modeling import LanguageModeling
+from moe_jax.tasks.masked_language_modeling import MaskedLanguageModeling
+from moe_jax.tasks.task import Task
 from moe_jax.training.optimizers import AdamW, Optimizer
 
 
@@ -59,7 +62,7 @@ class Experiment:
     steps: int = 1000
     skip_nonfinite: bool = False
     model: DecoderLMConfig = dataclasses.field(default_factory=DecoderLMConfig)
-    task: LanguageModeling = dataclasses.field(default_factory=LanguageModeling)
+    task: Task = dataclasses.field(default_factory=LanguageModeling)
     data: TextData = dataclasses.field(default_factory=TextData)
     optimizer: Optimizer = dataclasses.field(default_factory=AdamW)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -88,6 +91,7 @@ class Experiment:
                 raise UserError(f"{name} is {value}; it must be at least {least}.")
         for component in (self.model, self.data, self.optimizer, self.mesh):
             component.validate()
+        self.task.validate(self.model)
         self._validate_lengths()
         self._validate_mesh()
 
@@ -111,8 +115,9 @@ class Experiment:
             ("model.mlp_width", model.mlp_width, "model", mesh.model),
             ("model.vocab_size", model.vocab_size, "model", mesh.model),
         ]
-        if model.moe_every:
-            divisible.append(("model.num_experts", model.num_experts, "expert", mesh.expert))
+        name = "model.experts_by_layer" if model.experts_by_layer else "model.num_experts"
+        for num_experts in model.experts_of_layers if model.moe_every else ():
+            divisible.append((name, num_experts, "expert", mesh.expert))
         for name, value, axis, devices in divisible:
             if value % devices:
                 raise UserError(
@@ -129,10 +134,12 @@ COMPONENTS: tuple[type, ...] = (
     Experiment,
     DecoderLMConfig,
     MoEConfig,
-    TopK,
+    *ROUTERS,
+    Losses,
     Capacity,
     Gather,
     LanguageModeling,
+    MaskedLanguageModeling,
     TextData,
     AdamW,
     MeshConfig,

@@ -110,6 +110,14 @@ class Run:
 
         return {name: global_array(name, example) for name, example in rows(0, 1).items()}
 
+    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Makes global arrays of a batch that every process has whole."""
+
+        def rows(start: int, stop: int) -> dict[str, np.ndarray]:
+            return {name: values[start:stop] for name, values in batch.items()}
+
+        return self.put(rows, self.config.data.batch_size)
+
 
 class Evaluator:
     """Held-out loss of a run, in total and per domain."""
@@ -120,16 +128,12 @@ class Evaluator:
         step = evaluation_step(run.definition, run.config.task, len(data.domains))
         self._step = jax.jit(step)
 
-    def __call__(self, parameters: Any) -> metrics.Record:
+    def __call__(self, parameters: Any, variables: Any) -> metrics.Record:
         """`eval/loss` in nats per token over all held-out tokens, and `eval/loss/<domain>`."""
         losses, tokens = np.zeros((2, len(self._domains)))
         for batch in self._batches:
-
-            def rows(start: int, stop: int, batch: dict = batch) -> dict[str, np.ndarray]:
-                return {name: values[start:stop] for name, values in batch.items()}
-
-            placed = self._run.put(rows, self._run.config.data.batch_size)
-            loss, count = jax.device_get(self._step(parameters, placed))
+            placed = self._run.put_batch(batch)
+            loss, count = jax.device_get(self._step(parameters, variables, placed))
             losses += loss
             tokens += count
         record = {"eval/loss": float(losses.sum() / tokens.sum())}
@@ -205,7 +209,7 @@ def _evaluate_finished(
     record = last[0] if last and last[0]["step"] == step else {"step": step}
     if "eval/loss" not in record:
         writer = metrics.MetricsWriter(workdir, step - 1)
-        writer.write({**record, **evaluate(state.parameters)})
+        writer.write({**record, **evaluate(state.parameters, state.variables)})
         writer.close()
 
 
@@ -268,7 +272,7 @@ class _Loop:
                         self._check_finite(step, step_metrics)
                         record = self._record(step, step_metrics, clock)
                         if self._evaluation_due(step):
-                            record.update(self.evaluate(state.parameters))
+                            record.update(self.evaluate(state.parameters, state.variables))
                         writer.write(record)
                         clock.restart()
                         _show(bar, record)

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,8 +74,8 @@ def training_record(metrics: Mapping[str, Any], moe_layers: list[int]) -> Record
     """Flattens a step's metrics.
 
     Args:
-      metrics: of `train_step`, on the host; `router` is a MoEReport with a leading axis over MoE
-        layers, or None.
+      metrics: of `train_step`, on the host; `router` is a list of MoEReports, each with a leading
+        axis over MoE layers, empty for a dense model.
       moe_layers: index of the block of each MoE layer.
 
     Returns:
@@ -86,14 +86,18 @@ def training_record(metrics: Mapping[str, Any], moe_layers: list[int]) -> Record
         for name, value in metrics.items()
         if name not in ("router", "finite")
     }
-    report: MoEReport | None = metrics["router"]
-    if report is None:
-        return record
-    values = {**{f"{name}_loss": v for name, v in report.losses.items()}, **report.statistics}
-    for i, layer in enumerate(moe_layers):
+    for layer, values in zip(moe_layers, _by_layer(metrics["router"]), strict=True):
         for name, value in values.items():
-            record[f"router/{layer}/{name}"] = np.asarray(value[i], np.float64).tolist()
+            record[f"router/{layer}/{name}"] = np.asarray(value, np.float64).tolist()
     return record
+
+
+def _by_layer(reports: Sequence[MoEReport]) -> Iterator[dict[str, np.ndarray]]:
+    """Losses and statistics of each MoE layer in turn."""
+    for report in reports:
+        values = {**{f"{name}_loss": v for name, v in report.losses.items()}, **report.statistics}
+        for i in range(len(values["load"])):
+            yield {name: value[i] for name, value in values.items()}
 
 
 def dropped_fraction(record: Record) -> float:

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.definition import ModelDefinition, numbers_of
 from moe_jax.parallel.sharding import parameter_shardings
 
 
@@ -23,11 +22,13 @@ class TrainState:
     Attributes:
       step: [] int32, steps done.
       parameters: nested dict of float32 arrays.
+      variables: nested dict of what the model keeps beside them (expert biases); often empty.
       optimizer: optax state.
     """
 
     step: Any
     parameters: Any
+    variables: Any
     optimizer: optax.OptState
 
 
@@ -41,8 +42,10 @@ def initial_state(
 
     def create() -> TrainState:
         model = model_config.build(jax.random.fold_in(jax.random.key(seed), 0))
-        parameters = nnx.to_pure_dict(nnx.state(model))
-        return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+        parameters, variables = numbers_of(model)
+        return TrainState(
+            jnp.zeros((), jnp.int32), parameters, variables, optimizer.init(parameters)
+        )
 
     return jax.jit(create, out_shardings=shardings)()
 
@@ -54,6 +57,7 @@ def state_shapes(
     return TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
         definition.shapes,
+        definition.variable_shapes,
         jax.eval_shape(optimizer.init, definition.shapes),
     )
 
@@ -74,7 +78,10 @@ def state_shardings(
         parameters,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, parameters, moments)
+    variables = parameter_shardings(
+        definition.variable_shapes, definition.variable_axes, mesh, fsdp_min_size
+    )
+    return TrainState(whole, parameters, variables, moments)
 
 
 def abstract_state(shapes: TrainState, shardings: TrainState) -> TrainState:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.definition import ModelDefinition, numbers_of
 from moe_jax.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -34,22 +34,24 @@ def train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(noise_key(seed), state.step)
 
-        def loss(parameters: Any) -> tuple[jax.Array, dict[str, Any]]:
-            return task.training_loss(definition.merge(parameters), batch, key)
+        def loss(parameters: Any) -> tuple[jax.Array, tuple[dict[str, Any], Any]]:
+            model = definition.merge(parameters, state.variables)
+            value, metrics = task.training_loss(model, batch, key)
+            return value, (metrics, numbers_of(model)[1])
 
-        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters)
+        (_, (metrics, variables)), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters)
         gradient_norm = optax.tree_utils.tree_norm(gradients)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         if skip_nonfinite:
-            parameters, optimizer_state = jax.tree.map(
+            parameters, variables, optimizer_state = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),
-                (parameters, optimizer_state),
-                (state.parameters, state.optimizer),
+                (parameters, variables, optimizer_state),
+                (state.parameters, state.variables, state.optimizer),
             )
         metrics = {**metrics, "gradient_norm": gradient_norm, "finite": finite}
-        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+        return TrainState(state.step + 1, parameters, variables, optimizer_state), metrics
 
     return step
 
@@ -61,10 +63,10 @@ def noise_key(seed: int) -> jax.Array:
 
 def evaluation_step(
     definition: ModelDefinition, task: Any, num_domains: int
-) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """Makes (parameters, batch) -> ([D] summed loss, [D] tokens)."""
+) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
+    """Makes (parameters, variables, batch) -> ([D] summed loss, [D] tokens)."""
 
-    def step(parameters: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return task.evaluation_sums(definition.merge(parameters), batch, num_domains)
+    def step(parameters: Any, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return task.evaluation_sums(definition.merge(parameters, variables), batch, num_domains)
 
     return step

@@ -20,29 +20,44 @@ class Trained:
     Attributes:
       run: built on the mesh it is used on, which need not be the one it was trained on.
       step: of the checkpoint.
-      parameters: nested dict of arrays.
+      parameters, variables: nested dicts of arrays.
     """
 
     run: Run
     step: int
     parameters: Any
+    variables: Any
+
+    @property
+    def model(self) -> Any:
+        """The model with the checkpoint's numbers."""
+        return self.run.definition.merge(self.parameters, self.variables)
 
     @classmethod
-    def load(cls, workdir: epath.PathLike, mesh: str = "") -> "Trained":
+    def load(
+        cls, workdir: epath.PathLike, mesh: str = "", step: int | None = None
+    ) -> "Trained":
         """Opens a run.
 
         Args:
           workdir: the run's folder.
           mesh: such as `data:2,expert:4`; empty for the run's own.
+          step: of the checkpoint; None for the newest good one.
 
         Raises:
-          UserError: there is no run, no good checkpoint, or the mesh does not fit.
+          UserError: there is no run, no such good checkpoint, or the mesh does not fit.
         """
         config = experiment.load(workdir)
         config.mesh = parse_mesh(mesh, config.mesh)
         run = Run.build(config)
         checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints")
-        step = checkpoints.newest_good()
+        if step is not None and step not in checkpoints.steps():
+            raise UserError(
+                f"workdir {workdir} has no checkpoint of step {step}; it has those of "
+                f"{', '.join(map(str, checkpoints.steps())) or 'no step'} (checkpoint.keep says how "
+                "many are kept)."
+            )
+        step = checkpoints.newest_good() if step is None else step
         if step is None:
             raise UserError(
                 f"workdir {workdir} has no checkpoint yet; train it further, or lower "
@@ -50,4 +65,4 @@ class Trained:
             )
         with jax.set_mesh(run.mesh):
             state = run.restore(checkpoints, step)
-        return cls(run, step, state.parameters)
+        return cls(run, step, state.parameters, state.variables)

@@ -67,8 +67,8 @@ def test_executed_flops_equal_what_xla_counts():
     definition = ModelDefinition.of(config)
 
     def forward(parameters, tokens):
-        logits, report, _ = definition.merge(parameters)(tokens, None, Mode.TRAIN)
-        return logits, report
+        logits, reports, _ = definition.merge(parameters)(tokens, None, Mode.TRAIN)
+        return logits, reports
 
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     compiled = jax.jit(forward).lower(definition.shapes, tokens).compile()
@@ -100,4 +100,4 @@ def test_counting_does_not_build_the_model():
 
 def test_statistics_bytes():
     # Load 8 + 1; dropped, entropy, logsumexp, and two losses: 2 each; float32.
-    assert statistics_bytes_per_layer(8) == 4 * 19
+    assert statistics_bytes_per_layer(8, 2) == 4 * 19

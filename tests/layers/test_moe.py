@@ -12,6 +12,8 @@ from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo, number_of_groups
 from moe_jax.parallel.mesh import DATA, EXPERT, MODEL, TOKEN_AXES, MeshConfig, make_mesh
 from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.losses import Losses
+from moe_jax.routing.scores import Exploration
 from moe_jax.routing.token_choice import TopK
 from tests import reference
 
@@ -22,9 +24,14 @@ LOSS_WEIGHTS = {"load_balancing": 0.3, "router_z": 0.1}
 MASK = np.arange(B * L).reshape(B, L) % 11 != 5
 
 
-def build(**options):
+def build(jitter=0.0, **options):
     config = MoEConfig(
-        router=TopK(k=K, jitter=options.pop("jitter", 0.0)),
+        router=TopK(
+            k=K,
+            losses=Losses(**LOSS_WEIGHTS),
+            exploration=Exploration.JITTER if jitter else Exploration.ARGMAX,
+            exploration_rate=jitter,
+        ),
         capacity=Capacity(train_factor=1.0),
         group_size=S,
         **options,

@@ -15,9 +15,11 @@ from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
 from moe_jax.parallel.mesh import DATA, EXPERT, MODEL, TOKEN_AXES, MeshConfig, make_mesh
 from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.losses import Losses
 from moe_jax.routing.token_choice import TopK
 
 B, L, D, F, E, S = 8, 16, 32, 64, 8, 16
+LOSSES = Losses(load_balancing=1e-2, router_z=1e-3)
 C = 4  # S * K * factor / E with K = 2 and factor 1.
 COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<name>all-to-all|all-gather|all-reduce|reduce-scatter|"
@@ -57,7 +59,7 @@ def collectives(hlo):
 
 def compiled(shape, backward):
     """The HLO of the layer on a mesh with its weights sharded as in training."""
-    config = MoEConfig(TopK(k=2), Capacity(train_factor=1.0), group_size=S)
+    config = MoEConfig(TopK(k=2, losses=LOSSES), Capacity(train_factor=1.0), group_size=S)
     graph, state = nnx.split(MoE(config, D, F, E, scale=1.0, key=jax.random.key(0)))
     ids = jnp.zeros((B, L), jnp.int32)
 
@@ -81,7 +83,7 @@ def compiled(shape, backward):
         return jax.jit(function).lower(parameters, x).compile().as_text()
 
 
-REPORT = Collective("all-reduce", statistics_bytes_per_layer(E) // 4)
+REPORT = Collective("all-reduce", statistics_bytes_per_layer(E, len(LOSSES.weights)) // 4)
 
 
 @pytest.mark.parametrize("expert", [8, 4])

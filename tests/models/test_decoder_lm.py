@@ -17,9 +17,12 @@ from moe_jax.models.definition import ModelDefinition
 from moe_jax.parallel.mesh import TOKEN_AXES, MeshConfig, make_mesh
 from moe_jax.parallel.sharding import parameter_shardings
 from moe_jax.routing.capacity import Capacity
-from moe_jax.routing.token_choice import TopK
+from moe_jax.routing.losses import Losses
+from moe_jax.routing.scores import Exploration
+from moe_jax.routing.token_choice import GShard, TopK
 
 B, L, V = 4, 16, 32
+ROUTER = TopK(k=2, losses=Losses(load_balancing=1e-2, router_z=1e-3))
 SPARSE = DecoderLMConfig(
     vocab_size=V,
     max_length=L,
@@ -30,7 +33,7 @@ SPARSE = DecoderLMConfig(
     mlp_width=32,
     num_experts=4,
     moe_every=2,
-    moe=MoEConfig(TopK(k=2), Capacity(1.0, 2.0), group_size=L),
+    moe=MoEConfig(ROUTER, Capacity(1.0, 2.0), group_size=L),
 )
 DENSE = dataclasses.replace(SPARSE, moe_every=0, num_layers=2)
 
@@ -45,7 +48,7 @@ def parameters(name):
     config = {"sparse": SPARSE, "dense": DENSE}[name]
     values = jax.jit(lambda: nnx.to_pure_dict(nnx.state(config.build(jax.random.key(0)))))()
     if name == "sparse":  # Larger than at the start, so that the routers decide.
-        router = values["periods"]["blocks"][1]["mlp"]["router"]
+        router = values["stages"][0]["blocks"][1]["mlp"]["router"]
         router["weights"] = 25 * router["weights"]
     return values
 
@@ -72,7 +75,7 @@ def test_causality(tokens, mode):
     np.testing.assert_array_equal(before[:row], after[:row])
     np.testing.assert_array_equal(before[row, :t], after[row, :t])
     assert (before[row, t] != after[row, t]).any()
-    dropped = forward("sparse", parameters("sparse"), tokens, None, mode)[1].statistics["dropped"]
+    dropped = forward("sparse", parameters("sparse"), tokens, None, mode)[1][0].statistics["dropped"]
     assert (dropped > 0).all() == (mode == Mode.TRAIN)
 
 
@@ -118,7 +121,7 @@ def test_padding_contents_change_nothing(tokens):
 
 
 def training_loss(config, values, tokens, key=None):
-    logits, report, _ = ModelDefinition.of(config).merge(values)(tokens, None, Mode.TRAIN, key)
+    logits, (report,), _ = ModelDefinition.of(config).merge(values)(tokens, None, Mode.TRAIN, key)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
     return -picked.mean() + 0.01 * report.losses["load_balancing"].sum()
 
@@ -146,7 +149,7 @@ def test_remat_and_unroll_change_nothing(tokens, plain, changes):
 
 
 def test_every_expert_and_router_weight_learns(plain):
-    moe = plain[1]["periods"]["blocks"][1]["mlp"]
+    moe = plain[1]["stages"][0]["blocks"][1]["mlp"]
     periods, experts = SPARSE.num_periods, SPARSE.num_experts
     for name in ("w_in", "w_out"):
         assert moe[name].shape[:2] == (periods, experts)
@@ -166,7 +169,7 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32(tokens):
         cache = merged.empty_cache(B, L)
         return merged(tokens, None, Mode.DECODE, cache=cache)
 
-    logits, report, cache = run(parameters("sparse"), tokens)
+    logits, (report,), cache = run(parameters("sparse"), tokens)
     assert logits.dtype == report.losses["router_z"].dtype == jnp.float32
     assert cache.layers.keys.dtype == jnp.bfloat16
     np.testing.assert_allclose(logits, logits_of("sparse", tokens, Mode.DECODE), atol=0.5)
@@ -177,7 +180,10 @@ def test_sharded_training_with_dropout_equals_one_device(tokens):
         SPARSE,
         dropout=0.2,
         moe=dataclasses.replace(
-            SPARSE.moe, router=TopK(k=2, jitter=0.1), expert_dropout=0.2, group_size=8
+            SPARSE.moe,
+            router=TopK(k=2, exploration=Exploration.JITTER, exploration_rate=0.1),
+            expert_dropout=0.2,
+            group_size=8,
         ),
     )
     model = definition("sparse")
@@ -210,12 +216,6 @@ def test_a_sequence_longer_than_the_positions_is_an_error():
         model(too_long[:, :1], None, Mode.DECODE, cache=model.empty_cache(1, 20))
 
 
-class FirstComeNever(TopK):
-    """A router that is not causal."""
-
-    causal = False
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -227,7 +227,8 @@ class FirstComeNever(TopK):
         ({"moe_every": -1}, "model.moe_every is -1"),
         ({"dropout": 1.0}, r"model.dropout is 1.0; it must be in \[0, 1\)"),
         ({"num_experts": 1}, "router.k is 2 but there are 1 experts"),
-        ({"moe": MoEConfig(FirstComeNever())}, "model.moe.router is FirstComeNever.*causal router"),
+        ({"moe": MoEConfig(GShard())}, "router is GShard.*look ahead: a token's second choice is"),
+        ({"experts_by_layer": (4,)}, "experts_by_layer has 1 entries, but 2 blocks have a MoE"),
     ],
 )
 def test_bad_fields_are_named(changes, message):
@@ -246,6 +247,6 @@ def test_definition_names_every_dimension():
     jax.tree.map(
         lambda leaf, names: len(names) == leaf.ndim or pytest.fail(str(names)), shapes, axes
     )
-    moe = axes["periods"]["blocks"][1]["mlp"]
+    moe = axes["stages"][0]["blocks"][1]["mlp"]
     assert moe["w_in"] == ("layers", "experts", "expert_embed", "mlp")
     assert axes["tokens"]["table"] == ("vocabulary", "embed")

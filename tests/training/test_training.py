@@ -58,12 +58,12 @@ def test_every_expert_and_router_weight_has_a_gradient(finished):
         @jax.jit
         def gradients(parameters):
             def loss(p):
-                model = run.definition.merge(p)
+                model = run.definition.merge(p, trained.variables)
                 return run.config.task.training_loss(model, batch, jax.random.key(0))[0]
 
             return jax.grad(loss)(parameters)
 
-        layer = jax.device_get(gradients(trained.parameters))["periods"]["blocks"][1]["mlp"]
+        layer = jax.device_get(gradients(trained.parameters))["stages"][0]["blocks"][1]["mlp"]
     for name in ("w_in", "w_out"):
         assert (np.abs(layer[name]).max(axis=(-2, -1)) > 0).all(), name
     assert (layer["router"]["weights"] != 0).all()
@@ -76,7 +76,7 @@ def test_a_run_leaves_what_the_readme_names(finished):
     assert len(record["dataset"]["sha256"]) == 64
     assert record["versions"]["jax"] == jax.__version__
     rebuilt = experiment.load(workdir)
-    assert rebuilt.steps == 120 and rebuilt.model.moe.router.jitter == 0.01
+    assert rebuilt.steps == 120 and rebuilt.model.moe.router.exploration_rate == 0.01
     assert rebuilt.mesh == MeshConfig(data=2, expert=4, fsdp_min_size=64)
     assert [r["step"] for r in records] == list(range(10, 121, 10))
     names = set(records[-1])
@@ -99,7 +99,7 @@ def test_a_checkpoint_evaluates_equally_on_every_mesh(finished, mesh):
     data = TextPipeline(config.data, config.seed)
     evaluate = Evaluator(trained.run, data, "validation", config.evaluation.batches)
     with jax.set_mesh(trained.run.mesh):
-        losses = evaluate(trained.parameters)
+        losses = evaluate(trained.parameters, trained.variables)
     assert trained.step == 120
     for name, loss in losses.items():
         assert loss == pytest.approx(records[-1][name], rel=1e-6), name
