@@ -5,6 +5,8 @@
 #   make test                       install the test extra, then ruff, mypy and every unmarked test
 #   make test PYTHON=python3.12     the same in an environment of that interpreter's own
 #   make test-slow                  the tests marked `slow` (random kills over a long run)
+#   make test-routers               every router trains a small model on real text
+#   make test-parity                transformers' routers computed anew, against the committed files
 #   make install EXTRA=gpu          an environment for NVIDIA GPUs (EXTRA=tpu: for TPUs)
 
 PYTHON ?= python3
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 # A constraints file pins every version and leaves the choice of extras to setup.py.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requirements.lock
 
-.PHONY: install install-test quickstart test test-slow lint lock clean
+.PHONY: install install-test quickstart test test-slow test-routers test-parity lint lock clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -50,8 +52,18 @@ test: lint
 test-slow: install-test
 	$(BIN)/python -m pytest -m slow
 
+test-routers: install-test
+	$(BIN)/python -m pytest -n 2 -m routers
+
+# CPU builds of PyTorch are not on the default index; an index of your own can be named.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+test-parity: install-test
+	$(PIP) --extra-index-url $(TORCH_INDEX) --editable .[parity]
+	$(BIN)/python tests/parity/generate.py --check
+
 lock:
-	uv pip compile setup.py --all-extras --universal --python-version 3.11 --upgrade \
+	uv pip compile setup.py --extra test --extra gpu --extra tpu --universal --python-version 3.11 --upgrade \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean:

@@ -1,6 +1,6 @@
 """The MoE layer in a plain NNX model: no config file, no trainer, no mesh.
 
-    python -m examples.nnx_model
+python -m examples.nnx_model
 """
 
 import jax

@@ -14,7 +14,6 @@ import sys
 
 import jax
 from absl import flags
-
 from etils import epath
 
 from moe_jax import command_line
@@ -38,6 +37,10 @@ _FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What stdout g
 
 def main() -> None:
     """Evaluates and prints."""
+    if _SATURATION.value is not None and not _ROUTING.value:
+        raise UserError(
+            f"saturation_from is {_SATURATION.value}, but it needs --routing; give both."
+        )
     trained = Trained.load(_WORKDIR.value, _MESH.value)
     config = trained.run.config
     batches = _BATCHES.value or config.evaluation.batches
@@ -45,8 +48,6 @@ def main() -> None:
     evaluate = Evaluator(trained.run, data, _SPLIT.value, batches)
     with jax.set_mesh(trained.run.mesh):
         losses = evaluate(trained.parameters, trained.variables)
-    if _SATURATION.value is not None and not _ROUTING.value:
-        raise UserError("saturation_from is set, but it needs --routing; give both.")
     if _ROUTING.value:
         _write_routing(trained, data, batches)
     if _FORMAT.value == "json":

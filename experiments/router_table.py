@@ -1,6 +1,6 @@
 """Writes docs/routers.md, the table of all routers, from moe_jax/routing/catalogue.py.
 
-    python experiments/router_table.py [--output=docs/routers.md]
+python experiments/router_table.py [--output=docs/routers.md]
 """
 
 import pathlib

@@ -23,7 +23,11 @@ def tiny_config(data_dir: str) -> Experiment:
             num_experts=4,
             max_length=32,
             dropout=0.1,
-            moe=MoEConfig(router=TopK(exploration=Exploration.JITTER, exploration_rate=0.01), group_size=64, expert_dropout=0.1),
+            moe=MoEConfig(
+                router=TopK(exploration=Exploration.JITTER, exploration_rate=0.01),
+                group_size=64,
+                expert_dropout=0.1,
+            ),
         ),
         data=TextData(data_dir=data_dir, sequence_length=32, batch_size=16),
         optimizer=AdamW(learning_rate=1e-2, warmup_steps=2),

@@ -43,9 +43,7 @@ class SharedExperts(nnx.Module):
     ) -> None:
         self.dense = FeedForward(width, mlp_width, dropout_rate, scale, key)
         learned = mix == BranchMix.LEARNED
-        self.mix = (
-            nnx.Param(jnp.zeros((width, 2)), axes=("router", "router")) if learned else None
-        )
+        self.mix = nnx.Param(jnp.zeros((width, 2)), axes=("router", "router")) if learned else None
 
     def __call__(self, x: jax.Array, routed: jax.Array, key: jax.Array | None) -> jax.Array:
         """Adds the branch: x and routed [B, L, d] to [B, L, d]; `key` None switches dropout off."""

@@ -29,7 +29,7 @@ class ModelDefinition:
     def of(cls, config: Any) -> "ModelDefinition":
         """From a model config with `build(key)`; allocates nothing."""
         model = nnx.eval_shape(lambda: config.build(jax.random.key(0)))
-        graph, parameters, variables = nnx.split(model, nnx.Param, ...)
+        graph, (parameters, variables) = _split(model)
         return cls(
             graph,
             nnx.to_pure_dict(parameters),
@@ -45,8 +45,13 @@ class ModelDefinition:
 
 def numbers_of(model: nnx.Module) -> tuple[Any, Any]:
     """The parameters and the variables of a model, as nested dicts."""
-    _, parameters, variables = nnx.split(model, nnx.Param, ...)
+    _, (parameters, variables) = _split(model)
     return nnx.to_pure_dict(parameters), nnx.to_pure_dict(variables)
+
+
+def _split(model: nnx.Module) -> tuple[nnx.GraphDef, list[nnx.State]]:
+    graph, *states = nnx.split(model, nnx.Param, ...)
+    return graph, states
 
 
 def _axes(state: nnx.State) -> Any:

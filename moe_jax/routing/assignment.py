@@ -31,6 +31,7 @@ class RouterInputs:
         (sequence-wise losses).
       key: PRNG key of this group, layer and step. It is folded with the global index of the group,
         so draws do not depend on the mesh. In evaluation it is the same in every step and layer.
+        Draw with it once and with `fold_in(key, n)` again; `split` may give one of those keys.
       shared_key: PRNG key of this layer and step, the same for all groups.
       train: whether exploration noise and other training-only behaviour is on.
     """
@@ -181,7 +182,7 @@ class Router(abc.ABC):
         """Coefficient of each entry of `Routing.losses`."""
         return {}
 
-    def validate(self, num_experts: int) -> None:
+    def validate(self, num_experts: int) -> None:  # noqa: B027 - most fields can be anything.
         """Raises UserError where the fields cannot work with E experts."""
 
     def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:

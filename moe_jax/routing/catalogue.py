@@ -322,7 +322,7 @@ ENTRIES: tuple[Entry, ...] = (
         "Roller et al. 2021",
         "frequent ids first, each to the expert with the least tokens so far; g = 1",
         (1, 1),
-        "",
+        "by the ids' frequencies (`token_counts`)",
         HashRouter(vocab_size=264, kind=HashKind.BALANCED),
         _SWITCH,
     ),
@@ -359,7 +359,7 @@ ENTRIES: tuple[Entry, ...] = (
         "training: the balanced assignment of largest total score x W; evaluation: largest score; "
         "g = sigmoid(score)",
         (0, 1),
-        "by construction in training: every expert gets S / E tokens",
+        "by construction in training: every expert gets at most S / E tokens, rounded up",
         BASE(),
         Capacity(1.0, 2.0),
     ),
@@ -387,9 +387,7 @@ ENTRIES: tuple[Entry, ...] = (
 def config_line(component: Any) -> str:
     """The Python expression that makes a component, with its fields that are not the default."""
     defaults = {
-        field.name: field.default_factory()
-        if callable(field.default_factory)
-        else field.default
+        field.name: field.default_factory() if callable(field.default_factory) else field.default
         for field in dataclasses.fields(component)
     }
     arguments = [

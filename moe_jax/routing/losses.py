@@ -186,9 +186,7 @@ def sequence_wise(
     sequence = jnp.cumsum(starts)  # 0, 1, ... within the group.
     real = mask.astype(jnp.float32)[:, None]
     sums = jax.ops.segment_sum(
-        jnp.concatenate(
-            [probabilities * real, _chosen(experts, num_experts) * real, real], axis=1
-        ),
+        jnp.concatenate([probabilities * real, _chosen(experts, num_experts) * real, real], axis=1),
         sequence,
         num_tokens,
     )

@@ -36,7 +36,7 @@ Summary = dict[str, float | list]
 
 @register
 @dataclasses.dataclass(frozen=True)
-class TokenInfo:
+class RoutedTokens:
     """What is known of the tokens that were routed.
 
     Attributes:
@@ -91,7 +91,7 @@ class Tallies:
 
 
 def tally(
-    routing: Routing, tokens: TokenInfo, *, num_labels: int, length: int, vocab_size: int = 0
+    routing: Routing, tokens: RoutedTokens, *, num_labels: int, length: int, vocab_size: int = 0
 ) -> Tallies:
     """Sums of one batch and one MoE layer; under jit.
 
@@ -250,7 +250,7 @@ def saturation(
 
 
 def _of_token_choice(
-    assignment: TokenAssignment, choices: jax.Array, tokens: TokenInfo, length: int
+    assignment: TokenAssignment, choices: jax.Array, tokens: RoutedTokens, length: int
 ) -> Arrays:
     experts, num_experts = assignment.experts, choices.shape[-1]
     made = (experts < num_experts) & tokens.mask[..., None]
@@ -266,7 +266,7 @@ def _of_token_choice(
 
 
 def _of_expert_choice(
-    assignment: ExpertAssignment, choices: jax.Array, tokens: TokenInfo, length: int
+    assignment: ExpertAssignment, choices: jax.Array, tokens: RoutedTokens, length: int
 ) -> Arrays:
     num_experts = choices.shape[-1]
     expert = jnp.arange(num_experts)[:, None]
@@ -305,14 +305,14 @@ def _times_chosen(experts: jax.Array, num_experts: int) -> jax.Array:
 
 
 def _by_position(
-    wanted: jax.Array, dropped: jax.Array, tokens: TokenInfo, length: int
+    wanted: jax.Array, dropped: jax.Array, tokens: RoutedTokens, length: int
 ) -> dict[str, jax.Array]:
     counts = jnp.stack([wanted, dropped], axis=-1).astype(jnp.int32)
     table = _by(tokens.positions, counts, length)
     return {"wanted": table[:, 0], "dropped": table[:, 1]}
 
 
-def _of_pairs(choices: jax.Array, first: jax.Array, tokens: TokenInfo) -> Arrays:
+def _of_pairs(choices: jax.Array, first: jax.Array, tokens: RoutedTokens) -> Arrays:
     pairs = _pairs(choices, tokens)
     return {
         "pairs": _count(pairs),
@@ -320,7 +320,7 @@ def _of_pairs(choices: jax.Array, first: jax.Array, tokens: TokenInfo) -> Arrays
     }
 
 
-def _of_sets(choices: jax.Array, tokens: TokenInfo) -> Arrays:
+def _of_sets(choices: jax.Array, tokens: RoutedTokens) -> Arrays:
     chosen = choices > 0
     common = (chosen[:, 1:] & chosen[:, :-1]).any(axis=-1)
     # Products of 0 and 1 are exact in any precision, and their float32 sums up to 2^24 tokens.
@@ -332,7 +332,7 @@ def _of_sets(choices: jax.Array, tokens: TokenInfo) -> Arrays:
     }
 
 
-def _pairs(choices: jax.Array, tokens: TokenInfo) -> jax.Array:
+def _pairs(choices: jax.Array, tokens: RoutedTokens) -> jax.Array:
     """[G, S - 1] bool: a token and the next are of one sequence and both have an expert."""
     routed = choices.any(axis=-1)  # Padding has no choices.
     same_sequence = tokens.sequence_ids[:, 1:] == tokens.sequence_ids[:, :-1]

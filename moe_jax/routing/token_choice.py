@@ -333,7 +333,7 @@ class VMoE(TokenChoice):
     @property
     def loss_weights(self) -> dict[str, float]:
         """Coefficients by the names in `Routing.losses`."""
-        return self.losses.weights | {"load": self.load_weight}
+        return self.losses.weights | ({"load": self.load_weight} if self.load_weight else {})
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""

@@ -16,7 +16,7 @@ Batch = Mapping[str, jax.Array]
 class Task(abc.ABC):
     """A loss for training and sums for evaluation; a component of a config."""
 
-    def validate(self, model: DecoderLMConfig) -> None:
+    def validate(self, model: DecoderLMConfig) -> None:  # noqa: B027 - not every task has fields.
         """Raises UserError where the fields cannot work, also not with this model."""
 
     @abc.abstractmethod

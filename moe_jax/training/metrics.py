@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
@@ -92,7 +93,7 @@ def training_record(metrics: Mapping[str, Any], moe_layers: list[int]) -> Record
     return record
 
 
-def _by_layer(reports: Sequence[MoEReport]) -> Iterator[dict[str, np.ndarray]]:
+def _by_layer(reports: Sequence[MoEReport]) -> Iterator[dict[str, jax.Array]]:
     """Losses and statistics of each MoE layer in turn."""
     for report in reports:
         values = {**{f"{name}_loss": v for name, v in report.losses.items()}, **report.statistics}

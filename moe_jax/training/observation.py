@@ -116,18 +116,22 @@ def _tally_step(run: Run, num_domains: int) -> Any:
 
 def _compare_step(run: Run) -> Any:
     def step(before: Any, after: Any, batch: dict[str, jax.Array]) -> dict[int, Mean]:
-        old, info, _ = _routings(run, *before, batch)
-        new, _, _ = _routings(run, *after, batch)
-        mask = info.mask.reshape(-1)
-        common = {}
-        for layer, routing in new.items():
-            if isinstance(routing.assignment, TokenAssignment):
-                num_experts = routing.probabilities.shape[-1]
-                choices = routing.assignment.experts.shape[-1]
-                experts = [
-                    one[layer].assignment.experts.reshape(-1, choices) for one in (old, new)
-                ]
-                common[layer] = tallies.saturation(*experts, mask, num_experts)
-        return common
+        old, info, _ = _routings(run, before[0], before[1], batch)
+        new, _, _ = _routings(run, after[0], after[1], batch)
+        return {
+            layer: _common(old[layer], new[layer], info.mask)
+            for layer in new
+            if isinstance(new[layer].assignment, TokenAssignment)
+        }
 
     return step
+
+
+def _common(old: Routing, new: Routing, mask: jax.Array) -> Mean:
+    """Saturation of one token-choice layer."""
+    before, after = (
+        one.assignment.experts.reshape(mask.size, -1)  # type: ignore[union-attr]
+        for one in (old, new)
+    )
+    num_experts = new.probabilities.shape[-1]
+    return tallies.saturation(before, after, mask.reshape(-1), num_experts)

@@ -39,7 +39,9 @@ def train_step(
             value, metrics = task.training_loss(model, batch, key)
             return value, (metrics, numbers_of(model)[1])
 
-        (_, (metrics, variables)), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters)
+        (_, (metrics, variables)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            state.parameters
+        )
         gradient_norm = optax.tree_utils.tree_norm(gradients)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)

@@ -34,9 +34,7 @@ class Trained:
         return self.run.definition.merge(self.parameters, self.variables)
 
     @classmethod
-    def load(
-        cls, workdir: epath.PathLike, mesh: str = "", step: int | None = None
-    ) -> "Trained":
+    def load(cls, workdir: epath.PathLike, mesh: str = "", step: int | None = None) -> "Trained":
         """Opens a run.
 
         Args:

@@ -1,15 +1,10 @@
 """The scripts as a user runs them."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
-import jax
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.scripts import script
 
 # The quickstart's config at a size that a test can wait for.
 SMALL = [
@@ -25,21 +20,6 @@ SMALL = [
     "--config.model.moe.group_size=64",
     "--config.evaluation.batches=1",
 ]
-
-
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"
-    }  # fmt: skip
-    return subprocess.run(
-        [sys.executable, f"experiments/{name}.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")

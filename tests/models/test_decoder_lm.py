@@ -75,7 +75,9 @@ def test_causality(tokens, mode):
     np.testing.assert_array_equal(before[:row], after[:row])
     np.testing.assert_array_equal(before[row, :t], after[row, :t])
     assert (before[row, t] != after[row, t]).any()
-    dropped = forward("sparse", parameters("sparse"), tokens, None, mode)[1][0].statistics["dropped"]
+    dropped = forward("sparse", parameters("sparse"), tokens, None, mode)[1][0].statistics[
+        "dropped"
+    ]
     assert (dropped > 0).all() == (mode == Mode.TRAIN)
 
 

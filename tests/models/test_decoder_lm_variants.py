@@ -84,9 +84,7 @@ def test_shared_experts_add_one_wide_feed_forward_layer():
 def test_the_learned_mix_is_a_softmax_over_the_two_branches():
     plain, mixed = layer_with(), layer_with(shared_experts=1, shared_mix=BranchMix.LEARNED)
     routed, dense = output(plain), dense_branch(mixed, X)
-    np.testing.assert_allclose(
-        output(mixed), (routed + dense) / 2, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(output(mixed), (routed + dense) / 2, rtol=1e-5, atol=1e-6)
     mixed.shared.mix[...] = jnp.zeros((8, 2)).at[0, 0].set(1.0)
     weight = 1 / (1 + np.exp(-np.asarray(X[..., :1])))  # Logits (x_0, 0).
     np.testing.assert_allclose(
@@ -122,7 +120,9 @@ PYRAMID = dataclasses.replace(BASE, num_layers=3, experts_by_layer=(2, 2, 4))
 def test_a_pyramid_has_a_stage_for_each_run_of_equal_counts():
     assert PYRAMID.stages == [(2, 2), (4, 1)]
     parameters = parameters_of(PYRAMID)
-    shapes = [stage["blocks"][0]["mlp"]["w_in"].shape[:2] for stage in parameters["stages"].values()]
+    shapes = [
+        stage["blocks"][0]["mlp"]["w_in"].shape[:2] for stage in parameters["stages"].values()
+    ]
     assert shapes == [(2, 2), (1, 4)]
     total = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     assert total == of_decoder_lm(PYRAMID, L).parameters

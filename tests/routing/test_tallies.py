@@ -18,7 +18,7 @@ from moe_jax.routing.assignment import (
     TokenAssignment,
 )
 from moe_jax.routing.tallies import (
-    TokenInfo,
+    RoutedTokens,
     add,
     mutual_information,
     saturation,
@@ -43,7 +43,7 @@ def info(mask, token_ids=0, positions=0, sequence_ids=0, labels=0):
     mask = np.asarray(mask)
     arrays = (token_ids, positions, sequence_ids, labels)
     wide = [jnp.asarray(np.broadcast_to(array, mask.shape), jnp.int32) for array in arrays]
-    return TokenInfo(jnp.asarray(mask), *wide)
+    return RoutedTokens(jnp.asarray(mask), *wide)
 
 
 def summary(routing, tokens):
@@ -370,7 +370,7 @@ def test_a_batch_of_padding_counts_nothing_and_stays_finite(family):
     rng = np.random.default_rng(0)
     real = random_info(rng, 1.0)
     assignment, probabilities = FAMILIES[family](rng, real), random_probabilities(rng)
-    empty = TokenInfo(**vars(real) | {"mask": jnp.zeros((G, S), bool)})
+    empty = RoutedTokens(**vars(real) | {"mask": jnp.zeros((G, S), bool)})
     counted = tally_by_label(routing_of(assignment, probabilities), empty)
     for name, value in {**counted.sums, **counted.maxima}.items():
         assert not np.any(value), name
@@ -393,7 +393,7 @@ def test_contents_of_padding_change_nothing(family):
         array = np.asarray(array)
         return np.where(mask.reshape(G, S, *[1] * (array.ndim - 2)), array, value)
 
-    spoiled = TokenInfo(
+    spoiled = RoutedTokens(
         tokens.mask,
         *(jnp.asarray(spoil(array, 1)) for name, array in vars(tokens).items() if name != "mask"),
     )
