@@ -7,6 +7,8 @@ import re
 import pytest
 
 from configs.quickstart import get_config
+from moe_jax.training import experiment, loop
+from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -68,6 +70,8 @@ def test_readme_commands_name_targets_scripts_flags_and_fields_that_exist():
         program, *words = command.split("#")[0].split()
         if program == "make":
             assert re.search(rf"^{words[0]}:", makefile, flags=re.MULTILINE), command
+        elif program == "python" and words[0] == "-m":
+            assert (ROOT / words[1].replace(".", "/")).with_suffix(".py").exists(), command
         elif program == "python":
             check_script(ROOT / words[0], command)
         else:
@@ -87,13 +91,31 @@ def check_script(path: pathlib.Path, command: str) -> None:
             assert re.search(rf'DEFINE_\w+\(\s*"{flag}"', source), f"{path.name} has no --{flag}"
 
 
-def test_readme_python_runs():
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert blocks
-    for block in blocks:
-        names: dict = {}
+def python_blocks() -> list[dict]:
+    """The names that each Python block of the README defines."""
+    blocks = []
+    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        names: dict = {"__name__": "readme"}
         exec(compile(block, "README.md", "exec"), names)
+        blocks.append(names)
+    return blocks
+
+
+def test_readme_configs_are_valid():
+    blocks = python_blocks()
+    assert len(blocks) >= 2
+    for names in blocks:
         names["get_config"]().validate()
+
+
+def test_the_readmes_router_trains(monkeypatch, data_dir, tmp_path):
+    (names,) = (names for names in python_blocks() if "Tempered" in names)
+    monkeypatch.setattr(experiment, "COMPONENTS", (*experiment.COMPONENTS, names["Tempered"]))
+    config = tiny_config(data_dir)
+    config.steps, config.model.moe.router = 2, names["get_config"]().model.moe.router
+    records = loop.train(config, tmp_path)
+    assert sum(records[-1]["router/1/load"]) == pytest.approx(2)
+    assert experiment.load(tmp_path).model.moe.router == config.model.moe.router
 
 
 def test_readme_has_no_gaps():

@@ -6,6 +6,7 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+
 from moe_jax.data.pipelines import TextPipeline
 from moe_jax.errors import UserError
 from moe_jax.training import loop
