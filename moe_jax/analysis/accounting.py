@@ -7,7 +7,7 @@ FLOPs are of the forward pass, two per multiply-add, and of two kinds:
   algorithmic  what the papers count: matrix products and attention scores of the experts a token
                chose; router, norms and activations are left out (Switch, section 2.1 and Table 1)
   executed     what the machine does: every slot of every expert whether filled or not, every
-               attention score whether masked or not, and the router
+               attention score whether masked or not, and the router (Soft MoE: without its mixing)
 A training step costs about three forward passes; rematerialization adds up to one.
 """
 

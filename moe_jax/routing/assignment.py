@@ -173,6 +173,11 @@ class Router(abc.ABC):
         return capacity
 
     @property
+    def largest_gate(self) -> float:
+        """No gate is larger; histograms of gates end here."""
+        return 1.0
+
+    @property
     def leak(self) -> str | None:
         """What a token's output tells of later tokens, as a clause; None for a causal router."""
         return None

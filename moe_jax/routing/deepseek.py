@@ -88,6 +88,11 @@ class DeepSeekV2(LinearRouter):
     )
     gate_scale: float = 16.0
 
+    @property
+    def largest_gate(self) -> float:
+        """Probabilities times the scale."""
+        return self.gate_scale
+
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
         super().validate(num_experts)
@@ -143,6 +148,11 @@ class DeepSeekV3(TokenChoice):
     groups_per_token: int = 4
     gate_scale: float = 2.5
     bias_rate: float = 1e-3
+
+    @property
+    def largest_gate(self) -> float:
+        """Probabilities times the scale."""
+        return self.gate_scale
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""

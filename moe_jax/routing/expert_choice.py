@@ -40,6 +40,10 @@ class ExpertChoice(Router):
     cap: int = 0
     router_z_weight: float = 0.0
 
+    def experts_per_token(self, tokens: int, num_experts: int, capacity: int) -> float:
+        """On average E C / S."""
+        return num_experts * capacity / tokens
+
     @property
     def leak(self) -> str | None:
         """Tokens compete for the experts, later ones too."""

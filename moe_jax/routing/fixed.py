@@ -247,6 +247,11 @@ class StaticGate(Router):
         """K, the number of weights that are not 0."""
         return sum(weight != 0 for weight in self.weights)
 
+    @property
+    def largest_gate(self) -> float:
+        """The largest of the weights, or 1 where all are negative."""
+        return max(self.weights) if max(self.weights) > 0 else 1.0
+
     def validate(self, num_experts: int) -> None:
         """Raises UserError unless there are E finite weights, not all of them 0."""
         if len(self.weights) != num_experts:

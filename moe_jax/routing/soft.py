@@ -56,6 +56,14 @@ class SoftMoE(Router):
     variant: SoftVariant = SoftVariant.SOFT
     noise: float = 0.0
 
+    def experts_per_token(self, tokens: int, num_experts: int, capacity: int) -> float:
+        """E P slots are evaluated for S tokens."""
+        return num_experts * self.slots_per_expert / tokens
+
+    def buffer_slots(self, capacity: int) -> int:
+        """P, whatever the capacity policy says."""
+        return self.slots_per_expert
+
     @property
     def leak(self) -> str | None:
         """Slots mix the whole group, but for `identity`."""

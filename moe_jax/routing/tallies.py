@@ -75,7 +75,7 @@ class Tallies:
       token its largest gate); where tokens can have several experts, repeat_any [] pairs with an
       expert in common and coactivation [E, E] tokens that chose both.
     Token choice:
-      gates [K, 20] by rank of the choice, bins of 0.05 (the last has all above).
+      gates [K, 20] by rank of the choice, in equal bins from 0 to the largest gate there can be.
     Soft MoE:
       largest_dispatch [] sum over the slots [] of the largest weight of a token in the slot;
       largest_combine [] sum over tokens of the largest weight of a slot.
@@ -91,7 +91,13 @@ class Tallies:
 
 
 def tally(
-    routing: Routing, tokens: RoutedTokens, *, num_labels: int, length: int, vocab_size: int = 0
+    routing: Routing,
+    tokens: RoutedTokens,
+    *,
+    num_labels: int,
+    length: int,
+    vocab_size: int = 0,
+    largest_gate: float = 1.0,
 ) -> Tallies:
     """Sums of one batch and one MoE layer; under jit.
 
@@ -101,13 +107,14 @@ def tally(
       num_labels: D; a label outside [0, D) enters no table.
       length: L; a position outside [0, L) enters no count by position.
       vocab_size: V, or 0 for no [V, E] table.
+      largest_gate: where the histograms of gates end; `Router.largest_gate`.
     """
     mask, assignment = tokens.mask, routing.assignment
     probabilities = jnp.where(mask[..., None], routing.probabilities, 0)
     match assignment:
         case TokenAssignment():
             choices = _times_chosen(assignment.experts, probabilities.shape[-1]) * mask[..., None]
-            sums = _of_token_choice(assignment, choices, tokens, length)
+            sums = _of_token_choice(assignment, choices, tokens, length, largest_gate)
         case ExpertAssignment():
             taken = jax.vmap(lambda one: statistics.taken_by(one, mask.shape[1]))(assignment)
             choices = taken.astype(jnp.int32) * mask[..., None]
@@ -171,7 +178,7 @@ def summarize(total: Tallies) -> Summary:
         coactivation: [E, E] if K > 1, share of the tokens of expert i that also chose j (OLMoE,
           figure 21; (K - 1) / (E - 1) off the diagonal for uniformly random routing).
       Token choice:
-        gates: [K, 20] share of the gates of each rank per bin of 0.05 (rows sum to 1).
+        gates: [K, 20] share of the gates of each rank per bin (rows sum to 1).
       Soft MoE (its figures 13 and 14):
         largest_dispatch, largest_combine: means over slots and over tokens of the largest weight;
         largest_dispatch_max, largest_combine_max: the largest of all.
@@ -250,7 +257,11 @@ def saturation(
 
 
 def _of_token_choice(
-    assignment: TokenAssignment, choices: jax.Array, tokens: RoutedTokens, length: int
+    assignment: TokenAssignment,
+    choices: jax.Array,
+    tokens: RoutedTokens,
+    length: int,
+    largest_gate: float,
 ) -> Arrays:
     experts, num_experts = assignment.experts, choices.shape[-1]
     made = (experts < num_experts) & tokens.mask[..., None]
@@ -258,7 +269,8 @@ def _of_token_choice(
     sums = _by_position(made.sum(axis=-1), (made & ~served).sum(axis=-1), tokens, length)
     sums |= _of_pairs(choices, experts[..., 0], tokens)
     sums["experts_per_token"] = _histogram(served.sum(axis=-1), num_experts + 1, tokens.mask)
-    bins = jnp.clip((assignment.gates * GATE_BINS).astype(jnp.int32), 0, GATE_BINS - 1)
+    shares = assignment.gates / largest_gate
+    bins = jnp.clip((shares * GATE_BINS).astype(jnp.int32), 0, GATE_BINS - 1)
     sums["gates"] = _histogram(bins, GATE_BINS, made)
     if experts.shape[-1] > 1:
         sums |= _of_sets(choices, tokens)

@@ -229,6 +229,11 @@ class TopK(LinearRouter):
     renormalize: bool = False
     gate_scale: float = 1.0
 
+    @property
+    def largest_gate(self) -> float:
+        """Probabilities times the scale."""
+        return self.gate_scale
+
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
         super().validate(num_experts)

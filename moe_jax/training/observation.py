@@ -61,7 +61,11 @@ def routing_statistics(
             for layer, mean in jax.device_get(compare(*both, placed)).items():
                 known_mean = common.get(layer)
                 common[layer] = mean if known_mean is None else _sum(known_mean, mean)
-    summaries = {layer: tallies.summarize(total) for layer, total in totals.items()}
+    largest_gate = run.config.model.moe.router.largest_gate
+    summaries = {
+        layer: {**tallies.summarize(total), "largest_gate": largest_gate}
+        for layer, total in totals.items()
+    }
     for layer, mean in common.items():
         summaries[layer]["saturation"] = float(mean.value())
     return summaries
@@ -107,6 +111,7 @@ def _tally_step(run: Run, num_domains: int) -> Any:
                 num_labels=num_domains,
                 length=run.config.data.sequence_length,
                 vocab_size=model.vocab_size,
+                largest_gate=model.moe.router.largest_gate,
             )
             for layer, routing in routings.items()
         }

@@ -13,6 +13,8 @@ from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.models.definition import ModelDefinition
 from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.expert_choice import ExpertChoice
+from moe_jax.routing.soft import SoftMoE
 from moe_jax.routing.token_choice import TopK
 
 V, D, F, H, E, L = 10, 4, 7, 3 * 2, 5, 3
@@ -50,6 +52,21 @@ def test_flops_by_hand(k):
     assert counted.executed_flops == pytest.approx(
         shared + 2 * 4 * H * L + 2 * MLP * rows + 2 * D * E
     )
+
+
+def test_flops_where_experts_or_slots_choose():
+    choice = dataclasses.replace(
+        TINY, moe=MoEConfig(ExpertChoice(), Capacity(2.0), group_size=8), bidirectional=True
+    )
+    shared = 2 * (2 * ATTENTION + MLP + V * D) + 2 * 4 * H * L  # Every token sees all L.
+    # ceil(8 * 2 / 5) = 4 slots of each of 5 experts: 20 rows for 8 tokens.
+    assert of_decoder_lm(choice, L).algorithmic_flops == shared + 2 * MLP * 20 / 8
+    assert of_decoder_lm(choice, L).executed_flops == shared + 2 * MLP * 20 / 8 + 2 * D * E
+    soft = dataclasses.replace(
+        choice, moe=dataclasses.replace(choice.moe, router=SoftMoE(slots_per_expert=3))
+    )
+    # 15 slots for 8 tokens, whatever the capacity is.
+    assert of_decoder_lm(soft, L).algorithmic_flops == shared + 2 * MLP * 15 / 8
 
 
 def test_executed_flops_equal_what_xla_counts():

@@ -283,3 +283,10 @@ def test_gradients_are_finite_at_exact_balance(entry):
 
     for gradient in jax.tree.leaves(jax.jit(jax.grad(total, argnums=(0, 1)))(zeros, vectors(S, D))):
         assert np.isfinite(gradient).all()
+
+
+@EVERY
+def test_no_gate_is_larger_than_declared(entry):
+    assigned = routed(entry, TIGHT, True, vectors(S, D)).assignment
+    if not isinstance(assigned, SoftAssignment):
+        assert np.asarray(assigned.gates).max() <= entry.router.largest_gate + 1e-5
