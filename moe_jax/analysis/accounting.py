@@ -62,9 +62,8 @@ def of_decoder_lm(config: DecoderLMConfig, length: int) -> Accounting:
     for num_experts in config.experts_of_layers if sparse else ():
         slots = moe.slots(num_experts, train=True)
         visited = moe.router.experts_per_token(tokens, num_experts, slots)
-        buffers = moe.router.buffer_slots(slots) * num_experts
         algorithmic += 2 * expert * visited
-        executed += 2 * (expert * buffers / tokens + config.width * num_experts)
+        executed += 2 * (expert * slots / tokens + config.width) * num_experts
         activated -= expert * (num_experts - visited)
     return Accounting(parameters, round(activated), algorithmic, executed)
 

@@ -82,7 +82,7 @@ class MoEConfig:
         Raises:
           UserError: the capacity policy gives none.
         """
-        return self.capacity.slots(self.group_size, self.router.choices, num_experts, train)
+        return self.router.slots(self.capacity, self.group_size, num_experts, train)
 
 
 @jax.tree_util.register_dataclass
@@ -219,6 +219,12 @@ class MoE(nnx.Module):
         Raises:
           UserError: the tokens cannot be cut into groups, or the groups into the mesh's shards.
         """
+        router = self.config.router
+        if mode == Mode.DECODE and not router.can_decode:
+            raise UserError(
+                f"model.moe.router is {type(router).__name__}, which routes whole groups and cannot "
+                "decode token by token; use a token-choice router to generate."
+            )
         mesh = mesh_in_force()
         tokens = x.shape[0] * x.shape[1]
         # A decoded row is its own group: nothing is dropped, so groups change nothing but memory.
@@ -242,7 +248,7 @@ class MoE(nnx.Module):
                 self.router_state[name][...] = jax.lax.stop_gradient(value)
         y = y.reshape(x.shape)
         if self.shared is not None:
-            shared_key = None if key is None or mode != Mode.TRAIN else jax.random.fold_in(key, 1)
+            shared_key = None if key is None or mode != Mode.TRAIN else jax.random.fold_in(key, 3)
             y = self.shared(x, y, shared_key)
         return y, report
 

@@ -16,7 +16,8 @@ class BranchMix(enum.StrEnum):
     """How the dense branch and the routed experts become one output.
 
     SUM: added (DeepSeekMoE eq. 9; DeepSpeed-MoE section 4.1.1, "residual MoE").
-    LEARNED: weighted by a softmax over two logits, linear in the token (DeepSpeed's code).
+    LEARNED: weighted by a softmax over two logits, linear in the token (DeepSpeed's code, whose
+      logits have a bias too and start at random).
     """
 
     SUM = "sum"

@@ -14,6 +14,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.routing.capacity import Capacity
+
 register = jax.tree_util.register_dataclass
 
 
@@ -168,9 +170,18 @@ class Router(abc.ABC):
         """Expert evaluations per token that the papers count, in groups of S tokens."""
         return self.choices
 
-    def buffer_slots(self, capacity: int) -> int:
-        """Slots of each expert's buffer where the capacity policy says C."""
-        return capacity
+    def slots(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
+        """C, slots of each expert's buffer in groups of S tokens, by the layer's capacity policy.
+
+        Raises:
+          UserError: the policy gives none.
+        """
+        return policy.slots(tokens, self.choices, num_experts, train)
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether the tokens of a group can also be routed one at a time."""
+        return True
 
     @property
     def largest_gate(self) -> float:

@@ -18,7 +18,7 @@ from moe_jax.routing.noisy_top_k import HierarchicalNoisyTopK, NoisyTopK
 from moe_jax.routing.scores import Exploration
 from moe_jax.routing.service import ServiceOrder
 from moe_jax.routing.soft import SoftMoE, SoftVariant
-from moe_jax.routing.token_choice import GShard, TopK, VMoE
+from moe_jax.routing.token_choice import GShard, LaterChoices, TopK, VMoE
 
 # The types that a config may hold as its router.
 ROUTERS: tuple[type[Router], ...] = (
@@ -50,7 +50,8 @@ class Entry:
         `router`.
       balance: what keeps the experts' load even; empty if nothing does.
       router: as the paper has it, valid for 8 experts, groups of 64 tokens and 264 token ids.
-      capacity: the rule of the paper or its code.
+      capacity: the rule of the paper or its code; no drops where it has none, and None where the
+        router has its own.
     """
 
     name: str
@@ -59,16 +60,13 @@ class Entry:
     gates: tuple[float, float]
     balance: str
     router: Router
-    capacity: Capacity
+    capacity: Capacity | None
 
 
-_SWITCH = Capacity(1.25, 2.0)
 _MESH = Capacity(1.25, 2.0, CapacityRule.MESH)
-_TOP_2 = Capacity(2.0, 2.0, CapacityRule.MESH)
 _VMOE = Capacity(1.05, 1.05, CapacityRule.VMOE_ROUND)
 _NO_DROPS = Capacity(rule=CapacityRule.NO_DROPS)
 _EXPERT_CHOICE = Capacity(2.0, 2.0, CapacityRule.EXPERT_CHOICE)
-_SOFT = Capacity(1.0, 1.0, CapacityRule.SOFT_MOE)
 _BALANCING = "load-balancing loss"
 _TOP_K_OF_SOFTMAX = "top-K of p; g = p"
 
@@ -112,10 +110,10 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "GShard top-2",
         "Lepikhin et al. 2020, algorithm 1",
-        "top-2 of p; g = p / (p1 + p2); second kept with probability g2 / 0.2; first choices first",
+        "top-2 of p; g = p / (p1 + p2); second kept with probability 2 g2; first choices first",
         (0.5, 1),
         _BALANCING,
-        GShard(),
+        GShard(threshold=0.5),
         Capacity(1.0, 1.0, CapacityRule.GSHARD),
     ),
     Entry(
@@ -124,16 +122,16 @@ ENTRIES: tuple[Entry, ...] = (
         "as GShard top-2",
         (0.5, 1),
         _BALANCING,
-        GShard(order=ServiceOrder.TOKEN),
+        GShard(threshold=0.5, order=ServiceOrder.TOKEN),
         Capacity(1.0, 1.0, CapacityRule.GSHARD),
     ),
     Entry(
         "GLaM",
         "Du et al. 2021; praxis",
-        "as GShard top-2, with praxis' capacity",
-        (0.5, 1),
+        "top-2 of p; g = p / (p1 + p2); first choices first",
+        (1, 1),
         _BALANCING,
-        GShard(),
+        GShard(later_choices=LaterChoices.ALL),
         Capacity(2.0, 2.0, CapacityRule.PRAXIS),
     ),
     Entry(
@@ -143,7 +141,7 @@ ENTRIES: tuple[Entry, ...] = (
         (1 / 3, 1),
         "load-balancing loss; router z-loss for stability",
         GShard(k=3, losses=Losses(load_balancing=1e-2, router_z=1e-3)),
-        _TOP_2,
+        Capacity(3.0, 3.0, CapacityRule.MESH),
     ),
     Entry(
         "V-MoE",
@@ -179,7 +177,7 @@ ENTRIES: tuple[Entry, ...] = (
         (1, 1),
         "importance and load losses",
         NoisyTopK(),
-        _SWITCH,
+        _NO_DROPS,
     ),
     Entry(
         "Hierarchical noisy top-K",
@@ -188,7 +186,7 @@ ENTRIES: tuple[Entry, ...] = (
         (1, 1),
         "importance and load losses",
         HierarchicalNoisyTopK(groups=4, groups_per_token=2, k=2),
-        _SWITCH,
+        _NO_DROPS,
     ),
     Entry(
         "Mixtral",
@@ -233,7 +231,7 @@ ENTRIES: tuple[Entry, ...] = (
                 devices_per_token=2,
             ),
         ),
-        _SWITCH,
+        _NO_DROPS,
     ),
     Entry(
         "DeepSeek-V3",
@@ -247,10 +245,12 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "Loss-free balancing",
         "Wang et al. 2024",
-        "s = sigmoid(x W); top-K of s + bias; g = s / sum of chosen s",
-        (1, 1),
+        "s = sigmoid(x W); top-K of s + bias; g = s",
+        (0, 2),
         "expert bias, moved against each batch's load",
-        DeepSeekV3(k=2, groups=1, groups_per_token=1, gate_scale=1.0, losses=Losses()),
+        DeepSeekV3(
+            k=2, groups=1, groups_per_token=1, renormalize=False, gate_scale=1.0, losses=Losses()
+        ),
         _NO_DROPS,
     ),
     Entry(
@@ -289,7 +289,7 @@ ENTRIES: tuple[Entry, ...] = (
         (1, 1),
         "by construction: every slot takes a mean of all tokens",
         SoftMoE(),
-        _SOFT,
+        None,
     ),
     *(
         Entry(
@@ -299,7 +299,7 @@ ENTRIES: tuple[Entry, ...] = (
             (1, 1),
             "by construction",
             SoftMoE(variant=variant, slots_per_expert=slots),
-            _SOFT,
+            None,
         )
         for name, variant, slots, formula in (
             ("soft/uniform", SoftVariant.SOFT_UNIFORM, 1, "soft dispatch, uniform combine"),
@@ -315,7 +315,7 @@ ENTRIES: tuple[Entry, ...] = (
         (1, 1),
         "",
         HashRouter(vocab_size=264),
-        _SWITCH,
+        _NO_DROPS,
     ),
     Entry(
         "Hash, balanced",
@@ -324,7 +324,7 @@ ENTRIES: tuple[Entry, ...] = (
         (1, 1),
         "by the ids' frequencies (`token_counts`)",
         HashRouter(vocab_size=264, kind=HashKind.BALANCED),
-        _SWITCH,
+        _NO_DROPS,
     ),
     Entry(
         "Hash, modulo",
@@ -333,7 +333,7 @@ ENTRIES: tuple[Entry, ...] = (
         (1, 1),
         "",
         HashRouter(vocab_size=264, kind=HashKind.MODULO),
-        _SWITCH,
+        _NO_DROPS,
     ),
     Entry(
         "Uniform random, per token",
@@ -342,7 +342,7 @@ ENTRIES: tuple[Entry, ...] = (
         (1, 1),
         "by construction, on average",
         UniformRandom(),
-        _SWITCH,
+        _NO_DROPS,
     ),
     Entry(
         "THOR",
@@ -361,7 +361,7 @@ ENTRIES: tuple[Entry, ...] = (
         (0, 1),
         "by construction in training: every expert gets at most S / E tokens, rounded up",
         BASE(),
-        Capacity(1.0, 2.0),
+        Capacity(1.0, 8.0),
     ),
     Entry(
         "S-BASE",
@@ -370,7 +370,7 @@ ENTRIES: tuple[Entry, ...] = (
         (0, 1),
         "nearly, by the Sinkhorn plan",
         BASE(solver=Solver.SINKHORN),
-        _SWITCH,
+        Capacity(2.0, 8.0),
     ),
     Entry(
         "Static gate",
@@ -419,7 +419,7 @@ def routers_page() -> str:
                 entry.balance or "nothing",
                 "yes" if entry.router.leak is None else f"no: {entry.router.leak}",
                 f"`{config_line(entry.router)}`",
-                f"`{config_line(entry.capacity)}`",
+                f"`{config_line(entry.capacity)}`" if entry.capacity else "its own slots",
             )
         )
         + " |"
@@ -443,7 +443,8 @@ numbers are in the classes' docstrings. *Gates sum to* is meant for a token of w
 dropped. A router that is not causal is refused in a decoder unless `model.accept_leak` is true or
 the model is `bidirectional`. Every token-choice router takes any `order` of service, a second pass
 (`no_token_left_behind`) and any of the `losses`; those with one linear map also `exploration` and
-`logit_soft_cap`.
+`logit_soft_cap`. Coefficients are those of the paper where it sums the losses of all layers, as
+the task's `auxiliary_reduction=sum` does; OLMoE's is a mean.
 
 | name | paper | who goes where, with which gate g | gates sum to | balanced by | causal | router | capacity |
 |---|---|---|---|---|---|---|---|

@@ -117,7 +117,8 @@ class DeepSeekV2(LinearRouter):
         )
         _, experts = jax.lax.top_k(ranking, self.k)
         weights = self.gate_scale * probabilities
-        return Choice(logits, probabilities, probabilities, experts, weights, {})
+        clean = self.clean(parameters, inputs, probabilities)
+        return Choice(logits, probabilities, clean, experts, weights, {})
 
 
 @dataclasses.dataclass
@@ -125,7 +126,7 @@ class DeepSeekV3(TokenChoice):
     """Sigmoid scores, chosen under a bias that balances the load (V3 section 2.1.2).
 
     s = sigmoid(x W). Experts are chosen by s + bias; the gates are gate_scale * s / (sum of the
-    chosen s), without the bias, and sum to `gate_scale`. A token is limited to the M groups with
+    chosen s), without the bias, and sum to `gate_scale`; or gate_scale * s. A token is limited to the M groups with
     the largest sums of their two largest s + bias. `groups=1` limits nothing, as in the paper on
     loss-free balancing (Wang et al. 2024).
 
@@ -138,6 +139,7 @@ class DeepSeekV3(TokenChoice):
     Attributes:
       groups: D groups of consecutive experts (8).
       groups_per_token: M (4).
+      renormalize: divide the gates by their sum (V3: True; loss-free balancing: False).
       gate_scale: multiplies the gates (2.5).
       bias_rate: gamma (1e-3; 0 in the last 0.5T of 14.8T tokens).
     """
@@ -146,6 +148,7 @@ class DeepSeekV3(TokenChoice):
     losses: Losses = dataclasses.field(default_factory=lambda: Losses(sequence_wise=1e-4))
     groups: int = 8
     groups_per_token: int = 4
+    renormalize: bool = True
     gate_scale: float = 2.5
     bias_rate: float = 1e-3
 
@@ -193,8 +196,11 @@ class DeepSeekV3(TokenChoice):
         counted = min(2, num_experts // self.groups)
         limited = within_best_groups(ranking, self.groups, self.groups_per_token, counted)
         _, experts = jax.lax.top_k(limited, self.k)
-        chosen = gates_of(probabilities, experts).sum(axis=1, keepdims=True)
-        weights = self.gate_scale * probabilities / jnp.maximum(chosen, 1e-9)
+        weights = self.gate_scale * jax.nn.sigmoid(logits)
+        if self.renormalize:
+            # As probabilities, whose ratios are those of s.
+            chosen = gates_of(probabilities, experts).sum(axis=1, keepdims=True)
+            weights = self.gate_scale * probabilities / jnp.maximum(chosen, 1e-9)
         extra = {}
         if self.losses.sequence_wise:
             _, unbiased = jax.lax.top_k(probabilities, self.k)
@@ -206,4 +212,7 @@ class DeepSeekV3(TokenChoice):
     def next_state(self, state: Arrays, statistics: Arrays) -> Arrays:
         """bias + gamma * sign(mean load - load); the load is [E], of the whole global batch."""
         load = statistics["load"]
-        return {"bias": state["bias"] + self.bias_rate * jnp.sign(load.mean() - load)}
+        mean = load.mean()
+        # Means are rounded, so that a load of exactly the mean can seem to be off by 1e-7 of it.
+        error = jnp.where(jnp.abs(mean - load) < 1e-6 * mean, 0.0, mean - load)
+        return {"bias": state["bias"] + self.bias_rate * jnp.sign(error)}

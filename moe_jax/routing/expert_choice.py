@@ -45,6 +45,11 @@ class ExpertChoice(Router):
         return num_experts * capacity / tokens
 
     @property
+    def can_decode(self) -> bool:
+        """False: an expert compares the tokens of a group."""
+        return False
+
+    @property
     def leak(self) -> str | None:
         """Tokens compete for the experts, later ones too."""
         return "whether an expert takes a token depends on the other tokens of its group"

@@ -173,7 +173,7 @@ class UniformRandom(Router):
 
     Evaluation has to repeat itself whatever the batch and however the tokens come (one at a time
     from a cache): a token's draw is then a function of `seed` and its position, and with SEQUENCE or
-    BATCH of `seed` alone. Layers with different seeds draw different experts there.
+    BATCH of `seed` alone; the layers of a model draw alike. (THOR draws for each sentence and layer.)
 
     Attributes:
       per: what shares a draw.

@@ -9,6 +9,7 @@ How a loss becomes one number, in this order:
            `sequence_wise` is a mean over sequences and `router_z` over tokens instead
   mesh     the (sum, count) pairs are added over devices first, so the layout changes nothing
   layers   sum or mean: `auxiliary_reduction` of the task
+A paper's T, the tokens that are to be balanced, is therefore a group: choose `moe.group_size`.
 Counts f carry no gradient; the router learns through its probabilities P.
 """
 
@@ -96,9 +97,10 @@ def load_balancing(probabilities: jax.Array, experts: jax.Array, mask: jax.Array
 def load_balancing_all_choices(
     probabilities: jax.Array, experts: jax.Array, mask: jax.Array
 ) -> Mean:
-    """As `load_balancing`, but f_e counts all K choices (flaxformer, transformers); K at balance.
+    """As `load_balancing`, but f_e counts all K choices (flaxformer); K at balance.
 
-    The coefficient of t5x is 1e-2. Arguments and result as in `load_balancing`.
+    The coefficient of t5x is 1e-2. For a model of one layer it is also transformers' loss (Mixtral:
+    0.02), which joins the tokens of all layers before it counts. Arguments and result as in `load_balancing`.
     """
     return _balance(probabilities, experts, mask, scale=1.0)
 
@@ -107,7 +109,7 @@ def expert_level(probabilities: jax.Array, experts: jax.Array, mask: jax.Array) 
     """sum_e f_e P_e with f_e = E / (K T) * (tokens that chose e) (DeepSeekMoE eq. 12-14).
 
     1 at perfect balance whatever K is; coefficient 1e-2 (2B), 1e-3 (16B), 3e-3 (145B). MegaBlocks
-    and OLMoE (1e-2) mean the same. Arguments and result as in `load_balancing`.
+    and OLMoE (1e-2) mean the same, averaged over layers. Arguments and result as in `load_balancing`.
     """
     return _balance(probabilities, experts, mask, scale=1.0 / experts.shape[1])
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from moe_jax.errors import UserError
 from moe_jax.routing import scores, statistics
 from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing, SoftAssignment
+from moe_jax.routing.capacity import Capacity
 
 # Far below any logit, yet finite: a softmax over padding only has no NaN.
 NEVER = -1e9
@@ -60,9 +61,14 @@ class SoftMoE(Router):
         """E P slots are evaluated for S tokens."""
         return num_experts * self.slots_per_expert / tokens
 
-    def buffer_slots(self, capacity: int) -> int:
+    def slots(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
         """P, whatever the capacity policy says."""
         return self.slots_per_expert
+
+    @property
+    def can_decode(self) -> bool:
+        """False: slots mix the tokens of a group, or number them."""
+        return False
 
     @property
     def leak(self) -> str | None:

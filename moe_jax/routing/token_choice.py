@@ -137,8 +137,9 @@ def second_pass(
 ) -> TokenAssignment:
     """Gives choices without a slot one in the token's next best expert (Switch appendix B).
 
-    The j-th choice of a token tries the j-th of the experts that the token did not choose, in the
-    same order of service, among the slots that the first pass left.
+    The j-th choice of a token tries the j-th most probable of the experts that the token did not
+    choose, in the same order of service, among the slots that the first pass left. Its gate is that
+    expert's weight beside the token's first choices, so renormalised gates no longer sum to 1.
     """
     num_experts, capacity = choice.weights.shape[1], assignment.capacity
     wanted = jax.nn.one_hot(choice.experts, num_experts).any(axis=1)
@@ -205,6 +206,14 @@ class LinearRouter(TokenChoice):
         x = scores.explored_input(inputs, self.exploration, self.exploration_rate)
         return scores.soft_cap(scores.product(x, parameters["weights"]), self.logit_soft_cap)
 
+    def clean(
+        self, parameters: Arrays, inputs: RouterInputs, probabilities: jax.Array
+    ) -> jax.Array:
+        """[S, E] the probabilities of the input without noise."""
+        if not inputs.train or self.exploration in (Exploration.ARGMAX, Exploration.SAMPLE):
+            return probabilities
+        return jax.nn.softmax(self.logits(parameters, dataclasses.replace(inputs, train=False)))
+
     def ranking(self, logits: jax.Array, inputs: RouterInputs) -> jax.Array:
         """[S, E] what the K largest are taken of: the logits, or draws with `sample`."""
         if inputs.train and self.exploration == Exploration.SAMPLE:
@@ -249,7 +258,8 @@ class TopK(LinearRouter):
         if self.renormalize:
             chosen = gates_of(probabilities, experts).sum(axis=1, keepdims=True)
             weights = weights / jnp.maximum(chosen, 1e-9)
-        return Choice(logits, probabilities, probabilities, experts, weights, {})
+        clean = self.clean(parameters, inputs, probabilities)
+        return Choice(logits, probabilities, clean, experts, weights, {})
 
 
 class LaterChoices(enum.StrEnum):
@@ -275,7 +285,8 @@ class GShard(LinearRouter):
 
     Attributes:
       later_choices: which choices after the first are kept in training.
-      evaluation_later_choices: the same in evaluation; `all` draws nothing.
+      evaluation_later_choices: the same in evaluation, which draws nothing, so `random` is refused
+        (Mesh TensorFlow draws there too).
       threshold: see `LaterChoices`.
     """
 
@@ -289,6 +300,11 @@ class GShard(LinearRouter):
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
         super().validate(num_experts)
+        if self.evaluation_later_choices == LaterChoices.RANDOM:
+            raise UserError(
+                "router.evaluation_later_choices is random, but evaluation draws nothing; use all, "
+                "threshold or none."
+            )
         if not 0 < self.threshold <= 1:
             raise UserError(f"router.threshold is {self.threshold}; it must be in (0, 1].")
 
@@ -303,7 +319,8 @@ class GShard(LinearRouter):
         keep_key = jax.random.fold_in(inputs.key, 2)
         keep = _kept(policy, gates_of(weights, experts), self.threshold, keep_key)
         experts = jnp.where(keep.at[:, 0].set(True), experts, num_experts)
-        return Choice(logits, probabilities, probabilities, experts, weights, {})
+        clean = self.clean(parameters, inputs, probabilities)
+        return Choice(logits, probabilities, clean, experts, weights, {})
 
 
 def _kept(policy: LaterChoices, gates: jax.Array, threshold: float, key: jax.Array) -> jax.Array:
@@ -345,6 +362,10 @@ class VMoE(TokenChoice):
         super().validate(num_experts)
         if not self.noise >= 0:
             raise UserError(f"router.noise is {self.noise}; it must be at least 0.")
+        if not self.load_weight >= 0:
+            raise UserError(
+                f"router.load_weight is {self.load_weight}; a coefficient is at least 0."
+            )
         if self.load_weight and not self.noise:
             raise UserError(
                 "router.noise is 0, where the load loss is not defined; set router.load_weight=0."

@@ -12,7 +12,9 @@ from moe_jax.layers.moe import MoEReport
 class LayerReduction(enum.StrEnum):
     """How auxiliary losses of several MoE layers become one number.
 
-    SUM: Mesh TensorFlow (Switch, GShard) and V-MoE. MEAN: flaxformer/t5x.
+    SUM: Mesh TensorFlow (Switch, GShard), V-MoE, DeepSeek. MEAN: flaxformer/t5x, MegaBlocks (OLMoE).
+    (transformers does neither: it joins the tokens of all layers first and then takes one product of
+    fractions and probabilities.)
     """
 
     SUM = "sum"

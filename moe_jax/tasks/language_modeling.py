@@ -40,6 +40,13 @@ class LanguageModeling(Task):
             raise UserError(
                 f"task.consistency_weight is {self.consistency_weight}; it must be at least 0."
             )
+        experts = max(model.experts_of_layers, default=0)
+        if self.consistency_weight and model.moe_every and model.moe.router.init_state(experts):
+            raise UserError(
+                f"task.consistency_weight is {self.consistency_weight}, which runs the model twice a "
+                f"step, and {type(model.moe.router).__name__} moves its expert bias in every run; "
+                "use another router or consistency_weight=0."
+            )
         if model.bidirectional:
             raise UserError(
                 "model.bidirectional is true, so next-token prediction would see its answer; use "
@@ -62,7 +69,7 @@ class LanguageModeling(Task):
         metrics: Metrics = {"loss": loss, "auxiliary_loss": auxiliary, "router": reports}
         total = loss + auxiliary
         if self.consistency_weight:
-            other_loss, other_auxiliary, other_logits, _ = one_pass(jax.random.fold_in(key, 1))
+            other_loss, other_auxiliary, other_logits, _ = one_pass(jax.random.fold_in(key, 2))
             consistency = symmetric_divergence(logits, other_logits).mean()
             metrics["consistency_loss"] = consistency
             total += other_loss + other_auxiliary + self.consistency_weight * consistency

@@ -18,7 +18,9 @@ from moe_jax.models.decoder_lm import DecoderLMConfig, SparseDense
 from moe_jax.models.definition import ModelDefinition, numbers_of
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.deepseek import DeepSeekV3
+from moe_jax.routing.expert_choice import ExpertChoice
 from moe_jax.routing.losses import Losses
+from moe_jax.routing.soft import SoftMoE
 from moe_jax.routing.token_choice import GShard, TopK
 
 B, L, V = 2, 8, 16
@@ -193,6 +195,18 @@ def test_a_leaking_router_needs_a_bidirectional_model_or_consent():
         leaking.validate()
     dataclasses.replace(leaking, bidirectional=True).validate()
     dataclasses.replace(leaking, accept_leak=True).validate()
+
+
+@pytest.mark.parametrize("router", [ExpertChoice(), SoftMoE()], ids=lambda r: type(r).__name__)
+def test_routers_of_whole_groups_refuse_to_decode(router):
+    config = dataclasses.replace(
+        BASE, accept_leak=True, moe=dataclasses.replace(BASE.moe, router=router)
+    )
+    definition = ModelDefinition.of(config)
+    with pytest.raises(UserError, match=r"routes whole groups and cannot decode token by token"):
+        jax.eval_shape(
+            lambda p: definition.merge(p)(TOKENS, None, Mode.DECODE)[0], definition.shapes
+        )
 
 
 # State outside the optimizer

@@ -148,6 +148,17 @@ def test_v3_by_hand(bias, experts, gates):
     np.testing.assert_allclose(routing.probabilities, [[0.4, 0.05, 0.25, 0.3]], rtol=1e-5)
 
 
+def test_without_renormalisation_the_gates_are_the_scores():
+    # Loss-free balancing: s = .8 .1 .5 .6, the bias lifts .1 over .6; gates .8 and .1, not 8/9 and 1/9.
+    weights = jnp.array([[logit(s) for s in (0.8, 0.1, 0.5, 0.6)]])
+    router = DeepSeekV3(k=2, groups=1, groups_per_token=1, renormalize=False, gate_scale=1.0)
+    routing = jitted_route(router, 4, 1)(
+        {"weights": weights, "bias": jnp.array([0, 0.6, 0, 0])}, group(jnp.ones((1, 1)))
+    )
+    np.testing.assert_array_equal(routing.assignment.experts, [[0, 1]])
+    np.testing.assert_allclose(routing.assignment.gates, [[0.8, 0.1]], rtol=1e-5)
+
+
 def test_v3_sequence_wise_loss_by_hand():
     # K = 1, a bias that sends everything to expert 2. Scores, over their sums:
     #   .9 .3 .6   1/2 1/6 1/3
@@ -186,6 +197,15 @@ def test_bias_stays_at_balance_and_without_a_rate():
         np.testing.assert_array_equal(
             router.next_state(state, {"load": load})["bias"], state["bias"]
         )
+
+
+def test_a_load_of_exactly_the_mean_moves_no_bias():
+    # Counts 29 of 232 tokens in 8 experts: the float32 mean of the loads is not the load of 29.
+    counts = np.array([29, 29, 28, 30, 10, 48, 29, 29])
+    assert counts.mean() == 29
+    load = jnp.asarray(counts / 232, jnp.float32)
+    bias = V3.next_state({"bias": jnp.zeros(8)}, {"load": load})["bias"]
+    np.testing.assert_array_equal(np.sign(bias), np.sign(29 - counts))
 
 
 # Against the loops.

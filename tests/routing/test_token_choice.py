@@ -649,6 +649,21 @@ def test_every_loss_is_computed_from_what_it_is_defined_on(x, parameters):
         np.testing.assert_allclose(mean.value(), expected[name].value(), rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("exploration", [Exploration.JITTER, Exploration.INPUT_DROPOUT])
+def test_the_importance_loss_sees_no_exploration_noise(exploration, x, parameters):
+    router = TopK(
+        exploration=exploration,
+        exploration_rate=0.5,
+        losses=Losses(importance=1.0, load_balancing=1.0),
+    )
+    noisy = route(router, parameters, group(x))
+    still = route(router, parameters, group(x, train=False))
+    assert noisy.losses["importance"].value() == pytest.approx(
+        float(still.losses["importance"].value()), rel=1e-6
+    )
+    assert noisy.losses["load_balancing"].value() != still.losses["load_balancing"].value()
+
+
 @pytest.mark.parametrize(
     ("router", "message"),
     [
@@ -663,6 +678,11 @@ def test_every_loss_is_computed_from_what_it_is_defined_on(x, parameters):
         (TopK(k=3, no_token_left_behind=True), r"needs 3 further experts for 3 choices, but there"),
         (GShard(threshold=0.0), r"router.threshold is 0.0; it must be in \(0, 1\]"),
         (GShard(threshold=1.5), r"router.threshold is 1.5; it must be in \(0, 1\]"),
+        (
+            GShard(evaluation_later_choices=LaterChoices.RANDOM),
+            r"router.evaluation_later_choices is random, but evaluation draws nothing",
+        ),
+        (VMoE(load_weight=-0.1), r"router.load_weight is -0.1; a coefficient is at least 0"),
         (VMoE(noise=-1.0), r"router.noise is -1.0; it must be at least 0"),
         (
             VMoE(noise=0.0),

@@ -12,6 +12,7 @@ import pytest
 from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoEReport
 from moe_jax.models.decoder_lm import DecoderLMConfig
+from moe_jax.routing.deepseek import DeepSeekV3
 from moe_jax.tasks.auxiliary import LayerReduction, auxiliary_loss
 from moe_jax.tasks.language_modeling import LanguageModeling, symmetric_divergence
 from moe_jax.tasks.masked_language_modeling import MaskedLanguageModeling
@@ -94,7 +95,7 @@ def test_thors_consistency_adds_a_second_pass_with_other_draws():
     assert len(oracle.given) == 2
     tokens = BATCH["tokens"]
     losses, logits = [], []
-    for draw in (key, jax.random.fold_in(key, 1)):
+    for draw in (key, jax.random.fold_in(key, 2)):
         logits.append(np.asarray(noisy(tokens[:, :-1], draw), np.float64))
         p = np.exp(logits[-1]) / np.exp(logits[-1]).sum(axis=-1, keepdims=True)
         picked = np.take_along_axis(p, np.asarray(tokens[:, 1:])[..., None], axis=-1)
@@ -133,6 +134,14 @@ def test_masked_evaluation_hides_the_same_positions_every_time():
     sums, counts = task.evaluation_sums(Oracle(uniform), BATCH, 2)
     np.testing.assert_array_equal(counts, [0, hidden[0].sum()])
     np.testing.assert_allclose(sums, [0, hidden[0].sum() * math.log(V)], rtol=1e-5)
+
+
+def test_consistency_is_refused_where_every_pass_would_move_the_expert_bias():
+    task, router = LanguageModeling(consistency_weight=1.0), DeepSeekV3(k=2, groups=1)
+    model = dataclasses.replace(CONFIG, moe=dataclasses.replace(CONFIG.moe, router=router))
+    with pytest.raises(UserError, match=r"consistency_weight is 1.0.*DeepSeekV3 moves its expert"):
+        task.validate(model)
+    LanguageModeling().validate(model)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from moe_jax.data.pipelines import TextData
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.decoder_lm import DecoderLMConfig
+from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.catalogue import ENTRIES
 from moe_jax.routing.fixed import StaticGate
 from moe_jax.tasks.language_modeling import LanguageModeling
@@ -33,7 +34,7 @@ def experiment_of(entry, data_dir):
         model=DecoderLMConfig(
             num_layers=2, width=32, num_heads=1, head_width=32, mlp_width=64, num_experts=E,
             moe_every=1, max_length=LENGTH, unroll=True, bidirectional=leaks,
-            moe=MoEConfig(router=entry.router, capacity=entry.capacity, group_size=LENGTH),
+            moe=MoEConfig(router=entry.router, capacity=entry.capacity or Capacity(), group_size=LENGTH),
         ),
         task=MaskedLanguageModeling() if leaks else task,
         data=TextData(data_dir=data_dir, sequence_length=LENGTH, batch_size=ROWS),
