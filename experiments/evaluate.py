@@ -43,6 +43,14 @@ def main() -> None:
         )
     trained = Trained.load(_WORKDIR.value, _MESH.value)
     config = trained.run.config
+    if _ROUTING.value and not config.model.moe_every:
+        raise UserError("model.moe_every is 0: a dense model routes nothing; leave --routing out.")
+    router = config.model.moe.router
+    if _SATURATION.value is not None and not router.tokens_choose:
+        raise UserError(
+            f"saturation_from is {_SATURATION.value}, but saturation is about the experts that tokens "
+            f"choose, and in {type(router).__name__} they choose none; leave it out."
+        )
     batches = _BATCHES.value or config.evaluation.batches
     data = TextPipeline(config.data, config.seed)
     evaluate = Evaluator(trained.run, data, _SPLIT.value, batches)

@@ -81,6 +81,10 @@ def check_types(config: Any, path: str = "config") -> None:
                 _check_instance(name, value, hint)
         elif isinstance(hint, type):
             _check_instance(name, value, hint)
+        elif typing.get_origin(hint) is tuple:
+            _check_instance(name, value, tuple)
+            for i, item in enumerate(value):
+                _check_instance(f"{name}[{i}]", item, typing.get_args(hint)[0])
 
 
 def _check_instance(name: str, value: Any, hint: type) -> None:

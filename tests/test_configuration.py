@@ -8,6 +8,7 @@ import pytest
 from configs import quickstart
 from moe_jax import configuration
 from moe_jax.errors import UserError
+from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.training.experiment import COMPONENTS
 
 
@@ -129,3 +130,16 @@ def test_differences_are_paths_with_both_values():
         "('config.shape.radius', None, 1.0)",
         "('config.tags', [], ['a'])",
     }
+
+
+def test_items_of_tuples_are_checked():
+    config = DecoderLMConfig(experts_by_layer=(4, "a"))
+    with pytest.raises(
+        UserError, match=r"config.experts_by_layer\[1\] is 'a', of type str; it must"
+    ):
+        configuration.check_types(config)
+    config.experts_by_layer = 4
+    with pytest.raises(
+        UserError, match=r"config.experts_by_layer is 4, of type int; it must be tup"
+    ):
+        configuration.check_types(config)

@@ -142,7 +142,7 @@ def _draw_gates_or_experts(axes: Axes, block: int, summary: Summary) -> None:
         axes.set(xlabel="experts of a token", ylabel="tokens (%)", xticks=_ticks(len(shares)))
         return
     gates = _array(summary, "gates")
-    edges = np.linspace(0, summary.get("largest_gate", 1.0), gates.shape[1] + 1)
+    edges = np.linspace(0, float(_array(summary, "largest_gate")), gates.shape[1] + 1)
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(gates)))
     for rank, (shares, color) in enumerate(zip(gates, colors, strict=True), start=1):
         axes.stairs(100 * shares, edges, color=color, linewidth=1.5, label=f"choice {rank}")

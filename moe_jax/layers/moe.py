@@ -59,8 +59,6 @@ class MoEConfig:
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError where the layer could not be built with E experts."""
-        if num_experts < 1:
-            raise UserError(f"model.num_experts is {num_experts}; it must be at least 1.")
         self.router.validate(num_experts)
         self.capacity.validate()
         if self.group_size < 1:
@@ -220,7 +218,7 @@ class MoE(nnx.Module):
           UserError: the tokens cannot be cut into groups, or the groups into the mesh's shards.
         """
         router = self.config.router
-        if mode == Mode.DECODE and not router.can_decode:
+        if mode == Mode.DECODE and not router.tokens_choose:
             raise UserError(
                 f"model.moe.router is {type(router).__name__}, which routes whole groups and cannot "
                 "decode token by token; use a token-choice router to generate."

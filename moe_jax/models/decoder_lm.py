@@ -148,12 +148,24 @@ class DecoderLMConfig:
             raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1).")
         if self.moe_every:
             self._validate_moe()
+            return
+        for name in ("experts_by_layer", "sparse_dense"):
+            if getattr(self, name) != getattr(DecoderLMConfig(), name):
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)}, but model.moe_every is 0 and makes a "
+                    "dense model; leave it out or set moe_every."
+                )
 
     def _validate_moe(self) -> None:
         if self.experts_by_layer and len(self.experts_by_layer) != len(self.moe_layers):
             raise UserError(
                 f"model.experts_by_layer has {len(self.experts_by_layer)} entries, but "
                 f"{len(self.moe_layers)} blocks have a MoE; give one number for each."
+            )
+        name = "experts_by_layer" if self.experts_by_layer else "num_experts"
+        if min(self.experts_of_layers) < 1:
+            raise UserError(
+                f"model.{name} is {getattr(self, name)}; it must be at least 1 everywhere."
             )
         for num_experts in sorted(set(self.experts_of_layers)):
             self.moe.validate(num_experts)
@@ -341,6 +353,11 @@ class DecoderLM(nnx.Module):
                 f"model.max_length is {config.max_length}, but a sequence has {length} tokens; "
                 "raise it or shorten the sequence."
             )
+        if config.bidirectional and mode == Mode.DECODE:
+            raise UserError(
+                "model.bidirectional is true, and such a model cannot generate token by token; use "
+                "a causal one."
+            )
         padded = mask is not None
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         view = None
@@ -353,12 +370,12 @@ class DecoderLM(nnx.Module):
         x = self.tokens(tokens, dtype)
         x = dropout(constrain(x, "batch", "length", "width"), config.dropout, embed_key)
         reports, layers, start = [], [], 0
-        for stage in self.stages:
+        for stage, (_, count) in zip(self.stages, config.stages, strict=True):
             x, caches, report = self._run_stage(
-                stage, start, x, info, padded, mode, period_key, cache, view
+                stage, start, count, x, info, padded, mode, period_key, cache, view
             )
             layers.append(caches)
-            start += _periods_of(stage)
+            start += count
             if report is not None:
                 reports.append(report)
         if cache is not None and view is not None:
@@ -370,6 +387,7 @@ class DecoderLM(nnx.Module):
         self,
         stage: Period,
         start: int,
+        count: int,
         x: jax.Array,
         info: TokenInfo,
         padded: bool,
@@ -378,9 +396,8 @@ class DecoderLM(nnx.Module):
         cache: Cache | None,
         view: CacheView | None,
     ) -> tuple[jax.Array, KeyValues | None, MoEReport | None]:
-        """Scans over the stacked periods of a stage, the first of which is period `start`."""
+        """Scans over the `count` periods of a stage, the first of which is period `start`."""
         config: DecoderLMConfig = self.config
-        count = _periods_of(stage)
         definition, values = nnx.split(stage)
 
         def period(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
@@ -416,11 +433,6 @@ class DecoderLM(nnx.Module):
         return Cache(
             KeyValues(zeros, zeros), jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32)
         )
-
-
-def _periods_of(stage: Period) -> int:
-    """How many periods are stacked in a stage."""
-    return len(stage.blocks[0].mlp_norm.scale[...])
 
 
 def _token_info(tokens: jax.Array, mask: jax.Array, cache: Cache | None) -> TokenInfo:

@@ -179,8 +179,8 @@ class Router(abc.ABC):
         return policy.slots(tokens, self.choices, num_experts, train)
 
     @property
-    def can_decode(self) -> bool:
-        """Whether the tokens of a group can also be routed one at a time."""
+    def tokens_choose(self) -> bool:
+        """Whether tokens choose experts, so that a group can also be routed one token at a time."""
         return True
 
     @property

@@ -179,8 +179,9 @@ def auction(
         wanted = jnp.where(waiting(experts), wanted, num_experts)
         return jnp.where(find_place(wanted, taken=taken(experts)), wanted, experts)
 
-    nowhere = jnp.full(num_tokens, num_experts, jnp.int32)
-    start = _Offers(nowhere, jnp.zeros(num_tokens), jnp.int32(0))
+    # Made from the scores, so that inside a shard_map they vary over its devices as they do.
+    nowhere = jnp.full_like(scores[:, 0], num_experts, jnp.int32)
+    start = _Offers(nowhere, jnp.zeros_like(scores[:, 0]), jnp.int32(0))
     experts = jax.lax.while_loop(bidding, bid, start).experts
     # Each pass fills an expert or is the last: at most E.
     return jax.lax.while_loop(lambda experts: waiting(experts).any(), take_what_is_left, experts)
@@ -209,5 +210,5 @@ def sinkhorn(scores: jax.Array, mask: jax.Array, iterations: int) -> jax.Array:
         total = jax.nn.logsumexp(log_plan, axis=0, where=mask[:, None])
         return column + jnp.where(real > 0, share - total, 0.0)
 
-    column = jax.lax.fori_loop(0, iterations, scale, jnp.zeros(scores.shape[1]))
+    column = jax.lax.fori_loop(0, iterations, scale, jnp.zeros_like(scores[0]))
     return jnp.where(mask[:, None], jax.nn.softmax(scores + column, axis=1), 0.0)

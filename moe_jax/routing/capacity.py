@@ -22,7 +22,8 @@ class CapacityRule(enum.StrEnum):
     VMOE_CEIL: ceil(S K cf / E), then up to a multiple of 4 (vmoe).
     VMOE_ROUND: round(S K cf / E), halves to even, then up to a multiple of 4 (V-MoE's paper).
     EXPERT_CHOICE: ceil(S cf / E), where cf is the mean number of experts per token.
-    SOFT_MOE: round(S cf / E), halves to even: slots P per expert of Soft MoE.
+    SOFT_MOE: round(S cf / E), halves to even: how vmoe sets P, the slots per expert of Soft MoE, for a
+      config to set `SoftMoE.slots_per_expert` by; the router itself reads no capacity.
     DEEPSPEED: max(ceil(S K cf / E), 4).
     NO_DROPS: S: a buffer that no routing can fill (cf is not read). Costs E times the memory of
       a dense layer.

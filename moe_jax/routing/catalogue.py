@@ -49,7 +49,8 @@ class Entry:
       gates: least and largest sum of a token's gates when nothing is dropped, for fields as in
         `router`.
       balance: what keeps the experts' load even; empty if nothing does.
-      router: as the paper has it, valid for 8 experts, groups of 64 tokens and 264 token ids.
+      router: as the paper has it, valid for 8 experts, groups of 64 tokens and 264 token ids. Copy it
+        (copy.deepcopy) before you change its fields.
       capacity: the rule of the paper or its code; no drops where it has none, and None where the
         router has its own.
     """
@@ -113,7 +114,7 @@ ENTRIES: tuple[Entry, ...] = (
         "top-2 of p; g = p / (p1 + p2); second kept with probability 2 g2; first choices first",
         (0.5, 1),
         _BALANCING,
-        GShard(threshold=0.5),
+        GShard(),
         Capacity(1.0, 1.0, CapacityRule.GSHARD),
     ),
     Entry(
@@ -122,7 +123,7 @@ ENTRIES: tuple[Entry, ...] = (
         "as GShard top-2",
         (0.5, 1),
         _BALANCING,
-        GShard(threshold=0.5, order=ServiceOrder.TOKEN),
+        GShard(order=ServiceOrder.TOKEN),
         Capacity(1.0, 1.0, CapacityRule.GSHARD),
     ),
     Entry(
@@ -140,7 +141,7 @@ ENTRIES: tuple[Entry, ...] = (
         "top-n of p; g = p / sum of the n; later ones kept with probability g / 0.2",
         (1 / 3, 1),
         "load-balancing loss; router z-loss for stability",
-        GShard(k=3, losses=Losses(load_balancing=1e-2, router_z=1e-3)),
+        GShard(k=3, threshold=0.2, losses=Losses(load_balancing=1e-2, router_z=1e-3)),
         Capacity(3.0, 3.0, CapacityRule.MESH),
     ),
     Entry(
@@ -351,7 +352,7 @@ ENTRIES: tuple[Entry, ...] = (
         (1, 1),
         "",
         UniformRandom(per=DrawnPer.BATCH),
-        _NO_DROPS,
+        None,
     ),
     Entry(
         "BASE",
@@ -379,7 +380,7 @@ ENTRIES: tuple[Entry, ...] = (
         (1, 1),
         "",
         StaticGate(weights=(0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
-        _NO_DROPS,
+        None,
     ),
 )
 

@@ -97,6 +97,11 @@ class DeepSeekV2(LinearRouter):
         """Raises UserError for fields out of range."""
         super().validate(num_experts)
         validate_gate_scale(self.gate_scale)
+        if self.losses.devices == 1:
+            raise UserError(
+                "router.losses.devices is 1, so DeepSeekV2 limits nothing; set it to the number of "
+                "devices, and devices_per_token to how many a token may go to."
+            )
         validate_limit(
             self,
             num_experts,

@@ -45,7 +45,7 @@ class ExpertChoice(Router):
         return num_experts * capacity / tokens
 
     @property
-    def can_decode(self) -> bool:
+    def tokens_choose(self) -> bool:
         """False: an expert compares the tokens of a group."""
         return False
 
@@ -78,7 +78,7 @@ class ExpertChoice(Router):
     def route(
         self, parameters: Arrays, inputs: RouterInputs, num_experts: int, capacity: int
     ) -> Routing:
-        """Routes one group in float32; `num_experts` is read off the weights."""
+        """Routes one group in float32."""
         logits = scores.product(inputs.x, parameters["weights"])
         probabilities = jax.nn.softmax(logits)
         ranking = probabilities
@@ -137,7 +137,7 @@ def capped_plan(probabilities: jax.Array, mask: jax.Array, capacity: int, cap: i
     projects in turn onto the plans with the first and third property and onto those with the second
     and third (onto one property at a time, a log weight moves by log C at most in an iteration, and
     100 are far too few at this lambda), and lambda falls from 0.1 over the first 44 iterations.
-    The second property holds exactly, the first nearly. An iteration sorts [S, E] numbers.
+    The second property holds exactly, the first nearly.
 
     With fewer than E * C / cap real tokens (and C no more than their number) the program has no
     solution. Then the scarce side is served in full: every real token has exactly min(cap, E)
@@ -191,14 +191,25 @@ def _can_fill(mask: jax.Array, num_experts: int, capacity: int, cap: int) -> jax
     return real * cap >= num_experts * jnp.minimum(real, capacity)
 
 
+State = tuple[jax.Array, jax.Array, jax.Array]  # Shift, terms that are 1, whether that grew.
+
+
 def _shift_to_total(logs: jax.Array, total: jax.Array | int) -> jax.Array:
     """v with sum_i min(1, exp(logs_i + v)) = total over the last axis; 1 <= total <= its length.
 
-    For every k the sum is at most k + exp(v) * (the exponentials of all but the k largest), with
-    equality at the number of terms that are 1; so v is the largest of the solutions for each k.
+    With the terms that are 1 at some v too small, the others can be solved for a larger v, at which
+    more terms may be 1. No term stops being 1, so that this ends, after about five rounds. (Sorting
+    solves it at once and took 28 times as long for 16 groups of 64 tokens on a CPU.)
     """
-    descending = jnp.sort(logs, axis=-1, descending=True)
-    rest = jax.lax.cumlogsumexp(descending, axis=logs.ndim - 1, reverse=True)
-    ones = jnp.arange(logs.shape[-1])
-    solutions = jnp.log(jnp.maximum(total - ones, 1)) - rest
-    return jnp.where(ones < total, solutions, -jnp.inf).max(axis=-1)
+
+    def larger(state: State) -> State:
+        shift, ones, _ = state
+        full = logs + shift[..., None] >= 0
+        count = full.sum(axis=-1)
+        rest = jax.nn.logsumexp(jnp.where(full, -jnp.inf, logs), axis=-1)
+        solved = jnp.log(jnp.maximum(total - count, 1)) - rest
+        return jnp.where(count < total, solved, shift), count, count > ones
+
+    none = jnp.log(jnp.asarray(total, jnp.float32)) - jax.nn.logsumexp(logs, axis=-1)
+    start = (none, jnp.zeros_like(none, jnp.int32), none < jnp.inf)
+    return jax.lax.while_loop(lambda state: state[2].any(), larger, start)[0]

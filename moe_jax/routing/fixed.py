@@ -20,6 +20,7 @@ import numpy as np
 from moe_jax.errors import UserError
 from moe_jax.routing import service, statistics
 from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing, TokenAssignment
+from moe_jax.routing.capacity import Capacity
 
 
 def left_to_right(
@@ -168,8 +169,8 @@ class UniformRandom(Router):
     """Experts are drawn uniformly, K different ones at gates of 1/K (THOR, Zuo et al. 2021).
 
     Balanced in expectation where many draws meet in a step (TOKEN); SEQUENCE and BATCH are balanced
-    over steps only. BATCH sends all tokens to K experts, so it needs `capacity.rule=no_drops`; and
-    so do both in evaluation.
+    over steps only. Their buffers have S slots, whatever the capacity policy says, because all tokens
+    of a group may go to the same K experts.
 
     Evaluation has to repeat itself whatever the batch and however the tokens come (one at a time
     from a cache): a token's draw is then a function of `seed` and its position, and with SEQUENCE or
@@ -189,6 +190,12 @@ class UniformRandom(Router):
     def choices(self) -> int:
         """K."""
         return self.k
+
+    def slots(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
+        """S where tokens share a draw, or else their one expert would drop most of them."""
+        if self.per == DrawnPer.TOKEN:
+            return policy.slots(tokens, self.choices, num_experts, train)
+        return tokens
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError unless 1 <= K <= E and the seed is one."""
@@ -232,8 +239,8 @@ class UniformRandom(Router):
 class StaticGate(Router):
     """All tokens go to the same experts at the same gates: an average of networks, or one alone.
 
-    With one weight of 1 it is a dense layer. Nothing balances it: K experts get all tokens, so it
-    needs a capacity of S (`capacity.rule=no_drops`).
+    With one weight of 1 it is a dense layer. Nothing balances it: K experts get all tokens, so
+    their buffers have S slots, whatever the capacity policy says.
 
     Attributes:
       weights: the gate of each of the E experts; those of 0 are skipped, and K is how many others
@@ -251,6 +258,10 @@ class StaticGate(Router):
     def largest_gate(self) -> float:
         """The largest of the weights, or 1 where all are negative."""
         return max(self.weights) if max(self.weights) > 0 else 1.0
+
+    def slots(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
+        """S, because every used expert gets all tokens."""
+        return tokens
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError unless there are E finite weights, not all of them 0."""

@@ -67,6 +67,12 @@ class Losses:
                 f"router.losses.devices is {self.devices}, which does not divide the {num_experts} "
                 "experts; use a divisor."
             )
+        for name in ("device_level", "communication"):
+            if getattr(self, name) and self.devices == 1:
+                raise UserError(
+                    f"router.losses.{name} is {getattr(self, name)}, but router.losses.devices is 1, "
+                    "where it is constant; set devices."
+                )
         if not 1 <= self.devices_per_token <= self.devices:
             raise UserError(
                 f"router.losses.devices_per_token is {self.devices_per_token}; it must be between "

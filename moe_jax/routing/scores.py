@@ -60,7 +60,13 @@ def validate_exploration(exploration: Exploration, rate: float) -> None:
     """Raises UserError unless the rate is in [0, 1)."""
     if not 0 <= rate < 1:
         raise UserError(f"router.exploration_rate is {rate}; it must be in [0, 1).")
-    if exploration in (Exploration.JITTER, Exploration.INPUT_DROPOUT) and not rate:
+    noisy = exploration in (Exploration.JITTER, Exploration.INPUT_DROPOUT)
+    if rate and not noisy:
+        raise UserError(
+            f"router.exploration_rate is {rate}, which router.exploration={exploration} does not "
+            "read; set exploration=jitter or input_dropout, or the rate to 0."
+        )
+    if noisy and not rate:
         raise UserError(
             f"router.exploration_rate is 0, so router.exploration={exploration} does nothing; "
             "set a rate such as 0.01, or exploration=argmax."

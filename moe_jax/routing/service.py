@@ -59,7 +59,6 @@ def permutation(
       [N] int32 indices into the flattened [S, K] assignments, or None where that is their order.
     """
     tokens, choices = gates.shape
-    gates = jax.lax.stop_gradient(gates)
     match order:
         case ServiceOrder.CHOICE:
             return jnp.arange(tokens * choices).reshape(tokens, choices).T.reshape(-1)

@@ -62,11 +62,23 @@ class SoftMoE(Router):
         return num_experts * self.slots_per_expert / tokens
 
     def slots(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
-        """P, whatever the capacity policy says."""
+        """P, whatever the capacity policy says.
+
+        Raises:
+          UserError: `identity` has not as many slots as tokens.
+        """
+        if self.variant == SoftVariant.IDENTITY:
+            slots = num_experts * self.slots_per_expert
+            if slots != tokens:
+                raise UserError(
+                    f"router.slots_per_expert is {self.slots_per_expert}, which gives {num_experts} "
+                    f"experts {slots} slots, but router.variant=identity needs one for each of the "
+                    f"{tokens} tokens of a group; change it or moe.group_size."
+                )
         return self.slots_per_expert
 
     @property
-    def can_decode(self) -> bool:
+    def tokens_choose(self) -> bool:
         """False: slots mix the tokens of a group, or number them."""
         return False
 
@@ -173,15 +185,7 @@ def combine_weights(logits: jax.Array, mask: jax.Array) -> jax.Array:
 def identity(mask: jax.Array, num_experts: int, slots_per_expert: int) -> SoftAssignment:
     """Token e * P + p alone in slot p of expert e, which it alone reads; 0 for padding.
 
-    Raises:
-      UserError: there are not as many slots as tokens.
+    There must be as many slots as tokens; `SoftMoE.slots` checks that.
     """
-    slots = num_experts * slots_per_expert
-    if slots != len(mask):
-        raise UserError(
-            f"router.slots_per_expert is {slots_per_expert}, which gives {num_experts} experts "
-            f"{slots} slots, but router.variant=identity needs one for each of the {len(mask)} "
-            "tokens of a group; change it or moe.group_size."
-        )
     weights = jnp.diag(mask.astype(jnp.float32)).reshape(-1, num_experts, slots_per_expert)
     return SoftAssignment(weights, weights)

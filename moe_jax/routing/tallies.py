@@ -147,7 +147,7 @@ def add(total: Tallies, tallies: Tallies) -> Tallies:
     )
 
 
-def summarize(total: Tallies) -> Summary:
+def summarize(total: Tallies, largest_gate: float = 1.0) -> Summary:
     """What the sums mean, as floats and nested lists, ready for JSON.
 
     A ratio of which nothing was counted is 0.
@@ -178,7 +178,8 @@ def summarize(total: Tallies) -> Summary:
         coactivation: [E, E] if K > 1, share of the tokens of expert i that also chose j (OLMoE,
           figure 21; (K - 1) / (E - 1) off the diagonal for uniformly random routing).
       Token choice:
-        gates: [K, 20] share of the gates of each rank per bin (rows sum to 1).
+        gates: [K, 20] share of the gates of each rank per bin (rows sum to 1); largest_gate: where
+          the last bin ends, as `tally` was told.
       Soft MoE (its figures 13 and 14):
         largest_dispatch, largest_combine: means over slots and over tokens of the largest weight;
         largest_dispatch_max, largest_combine_max: the largest of all.
@@ -214,7 +215,7 @@ def summarize(total: Tallies) -> Summary:
         summary["coactivation"] = _ratio(sums["coactivation"], tokens_of)
         summary["repeat_any"] = _ratio(sums["repeat_any"], sums["pairs"])
     if "gates" in sums:
-        summary["gates"] = _shares(sums["gates"])
+        summary |= {"gates": _shares(sums["gates"]), "largest_gate": largest_gate}
     if "slots" in sums:
         summary["largest_dispatch"] = _ratio(sums["largest_dispatch"], sums["slots"])
         summary["largest_combine"] = _ratio(sums["largest_combine"], sums["tokens"])

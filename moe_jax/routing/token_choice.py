@@ -280,8 +280,8 @@ class GShard(LinearRouter):
     """Top-2 with renormalised gates and an optional second expert (GShard algorithm 1).
 
     With K > 2 it is the top-n of ST-MoE, where each later choice is optional. The gates are divided
-    by their sum before choices are left out, and not again after. (GShard's own `2 g2 > U` is a
-    threshold of 0.5; Mesh TensorFlow and ST-MoE use 0.2.)
+    by their sum before choices are left out, and not again after. GShard's `2 g2 > U` is a threshold
+    of 0.5; Mesh TensorFlow and ST-MoE use 0.2.
 
     Attributes:
       later_choices: which choices after the first are kept in training.
@@ -295,7 +295,7 @@ class GShard(LinearRouter):
     losses: Losses = dataclasses.field(default_factory=lambda: Losses(load_balancing=1e-2))
     later_choices: LaterChoices = LaterChoices.RANDOM
     evaluation_later_choices: LaterChoices = LaterChoices.ALL
-    threshold: float = 0.2
+    threshold: float = 0.5
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from moe_jax.data.pipelines import TextPipeline
-from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import TokenInfo
 from moe_jax.routing import tallies
@@ -38,13 +37,8 @@ def routing_statistics(
 
     Returns:
       Block index -> summary.
-
-    Raises:
-      UserError: the model is dense.
     """
     run = trained.run
-    if not run.config.model.moe_every:
-        raise UserError("model.moe_every is 0: a dense model routes nothing; leave --routing out.")
     step = jax.jit(_tally_step(run, len(data.domains)))
     compare = jax.jit(_compare_step(run))
     totals: dict[int, Tallies] = {}
@@ -62,10 +56,7 @@ def routing_statistics(
                 known_mean = common.get(layer)
                 common[layer] = mean if known_mean is None else _sum(known_mean, mean)
     largest_gate = run.config.model.moe.router.largest_gate
-    summaries = {
-        layer: {**tallies.summarize(total), "largest_gate": largest_gate}
-        for layer, total in totals.items()
-    }
+    summaries = {layer: tallies.summarize(total, largest_gate) for layer, total in totals.items()}
     for layer, mean in common.items():
         summaries[layer]["saturation"] = float(mean.value())
     return summaries

@@ -19,10 +19,14 @@ from moe_jax.routing.assignment import (
     RouterInputs,
     SoftAssignment,
 )
+from moe_jax.routing.balanced import BASE
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.deepseek import DeepSeekV3
 from moe_jax.routing.expert_choice import ExpertChoice
+from moe_jax.routing.fixed import DrawnPer, UniformRandom
 from moe_jax.routing.losses import Losses
+from moe_jax.routing.noisy_top_k import NoisyTopK
+from moe_jax.routing.service import ServiceOrder
 from moe_jax.routing.soft import SoftMoE
 
 B, L, D, F, E, S = 8, 8, 8, 16, 8, 8
@@ -170,6 +174,41 @@ def test_every_mesh_equals_one_device(name, shape):
     leaves = zip(jax.tree.leaves_with_path(one), jax.tree.leaves(many), strict=True)
     for (path, want), got in leaves:
         assert_close(got, want, jax.tree_util.keystr(path))
+
+
+DRAWING = {
+    "noisy top-k, random order": NoisyTopK(k=2, order=ServiceOrder.RANDOM),
+    "one draw per batch": UniformRandom(per=DrawnPer.BATCH),
+    "BASE": BASE(),
+    "capped expert choice": ExpertChoice(cap=2),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_draws_and_loops_do_not_depend_on_the_mesh(name):
+    """Routers with keys, and with loops whose state must vary over the devices."""
+    config = MoEConfig(DRAWING[name], Capacity(train_factor=1.0), group_size=S)
+    model = MoE(config, D, F, E, scale=1.0, key=jax.random.key(0))
+    for i, value in enumerate(model.router.values()):
+        value[...] = jax.random.normal(jax.random.key(i), value.shape)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(x, key):
+        return nnx.merge(graph, state)(x, INFO, Mode.TRAIN, key)
+
+    def on(shape, seed=5):
+        with jax.set_mesh(make_mesh(MeshConfig(*shape))):
+            x = jax.device_put(X, PartitionSpec(TOKEN_AXES))
+            return jax.device_get(run(x, jax.random.key(seed)))
+
+    one, many = on(MESHES[0]), on(MESHES[2])
+    for (path, want), got in zip(
+        jax.tree.leaves_with_path(one), jax.tree.leaves(many), strict=True
+    ):
+        assert_close(got, want, jax.tree_util.keystr(path))
+    draws = name in ("noisy top-k, random order", "one draw per batch")
+    assert (np.abs(one[0] - on(MESHES[0], seed=7)[0]).max() > 0.01) == draws
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)

@@ -20,7 +20,7 @@ from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.deepseek import DeepSeekV3
 from moe_jax.routing.expert_choice import ExpertChoice
 from moe_jax.routing.losses import Losses
-from moe_jax.routing.soft import SoftMoE
+from moe_jax.routing.soft import SoftMoE, SoftVariant
 from moe_jax.routing.token_choice import GShard, TopK
 
 B, L, V = 2, 8, 16
@@ -207,6 +207,39 @@ def test_routers_of_whole_groups_refuse_to_decode(router):
         jax.eval_shape(
             lambda p: definition.merge(p)(TOKENS, None, Mode.DECODE)[0], definition.shapes
         )
+
+
+def test_a_bidirectional_model_refuses_to_decode():
+    config = dataclasses.replace(BASE, bidirectional=True)
+    definition = ModelDefinition.of(config)
+    with pytest.raises(UserError, match="bidirectional is true, and such a model cannot generate"):
+        jax.eval_shape(
+            lambda p: definition.merge(p)(TOKENS, None, Mode.DECODE)[0], definition.shapes
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts_by_layer": (4, 0)}, r"experts_by_layer is \(4, 0\); it must be at least 1"),
+        ({"num_experts": 0}, "num_experts is 0; it must be at least 1"),
+        (
+            {"moe_every": 0, "sparse_dense": SparseDense.AFTER},
+            "sparse_dense is after, but model.moe_every is 0",
+        ),
+        (
+            {"moe_every": 0, "experts_by_layer": (4, 4)},
+            r"experts_by_layer is \(4, 4\), but model.moe_every is 0",
+        ),
+        (
+            {"moe": MoEConfig(SoftMoE(variant=SoftVariant.IDENTITY), group_size=L)},
+            "gives 4 experts 4 slots, but router.variant=identity needs one for each of the 8",
+        ),
+    ],
+)
+def test_bad_fields_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(BASE, **changes).validate()
 
 
 # State outside the optimizer

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing import losses, statistics
+from moe_jax.routing import losses, statistics, tallies
+from moe_jax.routing.assignment import Routing, TokenAssignment
 
 
 def uniform(num_experts, choices):
@@ -53,30 +54,47 @@ def test_largest_entropy_over_32_experts():
     assert round(float(got), 1) == 3.5
 
 
-def pairs_of_sets(num_experts, choices):
-    """All pairs of choices of two tokens, which random routing makes equally likely."""
-    sets = [set(c) for c in itertools.combinations(range(num_experts), choices)]
-    return list(itertools.product(sets, sets))
+def sets_of(num_experts, choices):
+    return np.array(list(itertools.combinations(range(num_experts), choices)), np.int32)
+
+
+def tallied(pairs, num_experts):
+    """The statistics of two-token sequences with these experts [pairs, 2, K]."""
+    count, _, choices = pairs.shape
+    shape = (count, 2)
+    position = jnp.broadcast_to(jnp.arange(2), shape)
+    tokens = tallies.RoutedTokens(
+        jnp.ones(shape, bool), position, position, jnp.zeros(shape, jnp.int32), position
+    )
+    assignment = TokenAssignment(
+        jnp.asarray(pairs), jnp.zeros(pairs.shape, jnp.int32), jnp.ones(pairs.shape) / choices, 1
+    )
+    uniform = jnp.full((*shape, num_experts), 1 / num_experts)
+    sums = tallies.tally(Routing(assignment, uniform, {}, {}), tokens, num_labels=2, length=2)
+    return tallies.summarize(sums)
 
 
 def test_random_routing_repeats_the_expert_of_the_last_token():
-    # Mixtral Table 5: 12.5% for the first choice, 46% for either of two choices.
-    first = [bool(a & b) for a, b in pairs_of_sets(8, 1)]
-    either = [bool(a & b) for a, b in pairs_of_sets(8, 2)]
-    assert np.mean(first) == 0.125
-    assert np.mean(either) == pytest.approx(1 - 6 / 8 * 5 / 7)
-    assert round(100 * np.mean(either)) == 46
+    # Mixtral Table 5: 12.5% for the first choice, 46% for either of two choices. All pairs of
+    # choices are equally likely, so their mean is the expectation.
+    first, either = (
+        tallied(np.array(list(itertools.product(sets, sets))), 8)
+        for sets in (sets_of(8, 1), sets_of(8, 2))
+    )
+    assert first["repeat_first"] == 0.125
+    assert either["repeat_any"] == pytest.approx(1 - 6 / 8 * 5 / 7)
+    assert round(100 * either["repeat_any"]) == 46
 
 
-def test_random_routing_is_saturated_by_chance():
-    # OLMoE's router saturation: 1/64 = 1.6% for the first choice, 8/64 = 12.5% for all eight of 64. The
-    # second of two sets is fixed: which one does not matter.
-    one = [len({e} & {0}) for e in range(64)]
-    assert round(100 * np.mean(one), 1) == 1.6
-    # How many of eight out of 64 are in the fixed eight, over all of the 64-over-8 sets.
-    sets = math.comb(64, 8)
-    shared = sum(n * math.comb(8, n) * math.comb(56, 8 - n) for n in range(9))
-    assert shared / (8 * sets) == 0.125
+@pytest.mark.parametrize(("choices", "published"), [(1, 1.6), (8, 12.5)])
+def test_random_routing_is_saturated_by_chance(choices, published):
+    # OLMoE's router saturation with 64 experts. A fixed set against all its 64 rotations, in which
+    # every expert is equally often, has the expected overlap of two random sets.
+    rotations = (np.arange(choices) + np.arange(64)[:, None]) % 64
+    fixed = np.broadcast_to(np.arange(choices), rotations.shape)
+    mean = tallies.saturation(jnp.asarray(fixed), jnp.asarray(rotations), jnp.ones(64, bool), 64)
+    assert mean.value() == pytest.approx(choices / 64, rel=1e-6)
+    assert round(100 * float(mean.value()), 1) == published
 
 
 @pytest.mark.parametrize(

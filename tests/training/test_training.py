@@ -13,9 +13,11 @@ from moe_jax.data.pipelines import TextPipeline
 from moe_jax.errors import UserError
 from moe_jax.models.definition import ModelDefinition
 from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.routing.deepseek import DeepSeekV3
 from moe_jax.training import experiment, loop, metrics
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.loop import Evaluator, Run
+from moe_jax.training.optimizers import Schedule
 from moe_jax.training.step import noise_key
 from moe_jax.training.trained import Trained
 from tests.tiny import tiny_config
@@ -228,3 +230,26 @@ def test_dense_twin_trains_with_the_same_trainer(data_dir, tmp_path):
     assert metrics.dropped_fraction(records[-1]) == 0
     assert not [name for name in records[-1] if name.startswith("router/")]
     assert "experts" not in str(ModelDefinition.of(config.model).axes)
+
+
+def test_a_resumed_run_has_the_expert_bias_of_an_uninterrupted_one(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    config.model.moe.router = DeepSeekV3(k=1, groups=1, groups_per_token=1, bias_rate=0.01)
+    config.steps, config.optimizer.schedule = 3, Schedule.INVERSE_SQRT
+
+    def final_state(folder):
+        run = Run.build(config)
+        with jax.set_mesh(run.mesh):
+            return jax.device_get(run.restore(Checkpoints(folder / "checkpoints"), 3))
+
+    loop.train(config, tmp_path / "whole")
+    whole = final_state(tmp_path / "whole")
+    config.steps = 2
+    loop.train(config, tmp_path / "parts")
+    config.steps = 3
+    loop.train(config, tmp_path / "parts")
+    parts = final_state(tmp_path / "parts")
+    (bias,) = jax.tree.leaves(whole.variables)
+    # An odd number of steps of +-0.01, or 0 at exactly the mean load.
+    assert bias.shape == (1, 4) and (bias != 0).any()
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
