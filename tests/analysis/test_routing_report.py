@@ -37,7 +37,7 @@ def summary(family, experts=4, length=100):
         return common | pairs(experts)
     gates = np.zeros((2, 20))
     gates[:, 3] = 1
-    return common | pairs(experts) | {"gates": gates.tolist()}
+    return common | pairs(experts) | {"gates": gates.tolist(), "largest_gate": 1.0}
 
 
 def pairs(experts):
@@ -63,6 +63,7 @@ def test_picture_is_written(routed, tmp_path):
     one = summary("token choice")
     if not routed:
         one = {name: np.zeros_like(value).tolist() for name, value in one.items()}
+        one["largest_gate"] = 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         routing_report.save({1: one}, LABELS, "a title", tmp_path / "routing.png")

@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 from moe_jax.errors import UserError
 from moe_jax.routing import soft
+from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.soft import SoftMoE, SoftVariant
 from tests.routing.inputs import group, vectors
 
@@ -191,4 +192,4 @@ def test_bad_fields_are_named(fields, named):
 
 def test_identity_needs_as_many_slots_as_tokens():
     with pytest.raises(UserError, match=r"3 experts 3 slots.* 6 tokens"):
-        SoftMoE(1, SoftVariant.IDENTITY).route({}, group(vectors(S, D)), E, 1)
+        SoftMoE(1, SoftVariant.IDENTITY).slots(Capacity(), S, E, train=True)

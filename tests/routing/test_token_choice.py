@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -229,7 +230,7 @@ def test_the_router_works_in_float32_under_bfloat16_input(x, parameters):
 def test_a_random_second_choice_is_kept_in_proportion_to_its_normalised_gate(second, frequency):
     rest = (0.4 - second) / 100
     probabilities = [0.6, second, *[rest] * 100]
-    experts = np.asarray(choose_alike(GShard(), probabilities).experts)
+    experts = np.asarray(choose_alike(GShard(threshold=0.2), probabilities).experts)
     assert (experts[:, 0] == 0).all(), "the first choice is not optional"
     kept = experts[:, 1] == 1
     assert (kept | (experts[:, 1] == len(probabilities))).all()
@@ -249,8 +250,8 @@ def test_later_choices_by_policy(policy, seconds):
     # Normalised second gates 3/9, 1/9 and 1/6; the threshold is 1/5.
     logits = np.log([[0.6, 0.3, 0.1], [0.8, 0.1, 0.1], [0.75, 0.15, 0.1]])
     for router, train in (
-        (GShard(later_choices=LaterChoices(policy)), True),
-        (GShard(evaluation_later_choices=LaterChoices(policy)), False),
+        (GShard(later_choices=LaterChoices(policy), threshold=0.2), True),
+        (GShard(evaluation_later_choices=LaterChoices(policy), threshold=0.2), False),
     ):
         assignment = route_logits(router, logits, 3, train=train).assignment
         np.testing.assert_array_equal(assignment.experts, [[0, e] for e in seconds])
@@ -271,7 +272,9 @@ def test_a_left_out_choice_takes_no_slot_and_is_not_a_drop():
 
 def test_each_later_choice_of_top_n_is_optional_by_itself():
     # Normalised gates 0.75, 0.15 and 0.1 with threshold 0.2: kept with 3/4 and 1/2, independently.
-    experts = np.asarray(choose_alike(GShard(k=3), [0.6, 0.12, 0.08, *[0.02] * 10]).experts)
+    experts = np.asarray(
+        choose_alike(GShard(k=3, threshold=0.2), [0.6, 0.12, 0.08, *[0.02] * 10]).experts
+    )
     second, third = experts[:, 1] == 1, experts[:, 2] == 2
     assert second.mean() == pytest.approx(3 / 4, abs=FREQUENCY)
     assert third.mean() == pytest.approx(1 / 2, abs=FREQUENCY)
@@ -502,7 +505,8 @@ def test_routing_keeps_its_promises_and_ignores_padding(name, order, seed, scale
 )
 @pytest.mark.parametrize("name", ["mixtral", "gshard", "vmoe"])
 def test_unusual_sizes(name, tokens, num_experts, choices, capacity):
-    router = ROUTERS[name](k=choices, losses=ALL_LOSSES)
+    losses = dataclasses.replace(ALL_LOSSES, device_level=0.0, communication=0.0)
+    router = ROUTERS[name](k=choices, losses=losses)
     router.validate(num_experts)
     inputs = group(vectors(tokens), sequence_ids=np.arange(tokens) // 2)
     parameters = router.init(jax.random.key(2), 8, num_experts)

@@ -74,9 +74,9 @@ def test_learns_below_the_unigram_entropy_with_all_experts(entry, data_dir, tmp_
         late = [record for record in records if record["step"] > STEPS // 2]
         for layer in (0, 1):
             uneven = np.mean([record[f"router/{layer}/max_over_mean_load"] for record in late])
-            # Of 1 at balance and E / K when K experts get everything; 4 of 8 where K is 1.
+            # From 1 at balance to E / K when K experts get everything, which is below 4 for K > 2.
             collapse = (uneven - 1) / (E / entry.router.choices - 1)
             print(
                 f"{entry.name}: block {layer}: max/mean load {uneven:.2f}, collapse {collapse:.2f}"
             )
-            assert uneven < 4 and collapse < 3 / 7, f"block {layer}"
+            assert uneven < 4 and collapse < 0.7, f"block {layer}"
