@@ -208,7 +208,9 @@ def _shift_to_total(logs: jax.Array, total: jax.Array | int) -> jax.Array:
         count = full.sum(axis=-1)
         rest = jax.nn.logsumexp(jnp.where(full, -jnp.inf, logs), axis=-1)
         solved = jnp.log(jnp.maximum(total - count, 1)) - rest
-        return jnp.where(count < total, solved, shift), count, count > ones
+        # The maximum, so that rounding cannot make a term that was 1 less than that, for ever.
+        solved = jnp.where(count < total, jnp.maximum(solved, shift), shift)
+        return solved, count, count > ones
 
     none = jnp.log(jnp.asarray(total, jnp.float32)) - jax.nn.logsumexp(logs, axis=-1)
     start = (none, jnp.zeros_like(none, jnp.int32), none < jnp.inf)

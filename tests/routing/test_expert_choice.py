@@ -225,3 +225,19 @@ def test_bad_fields_are_named(fields):
     with pytest.raises(UserError, match=next(iter(fields))):
         ExpertChoice(**fields).validate(E)
     ExpertChoice().validate(E)
+
+
+def test_the_shift_is_found_in_at_most_as_many_rounds_as_there_are_terms():
+    """Rounding once made terms jump to and fro; equal and huge logarithms are the hard ones."""
+    generator = np.random.default_rng(0)
+    for size in (1e-6, 1.0, 1e3, 1e5):
+        logs = jnp.asarray(
+            size * generator.choice([0.0, 0.5, 1.0, 1.0 + 1e-7], (64, 16)), jnp.float32
+        )
+        for total in (1, 3, 15, 16):
+            shift = np.asarray(jax.jit(expert_choice._shift_to_total)(logs, total), np.float64)
+            reached = np.minimum(1, np.exp(np.asarray(logs, np.float64) + shift[:, None])).sum(
+                axis=1
+            )
+            # Shifts of 1e5 are rounded to 0.004.
+            np.testing.assert_allclose(reached, total, rtol=1e-3 + 1e-6 * size)
