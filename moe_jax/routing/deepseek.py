@@ -13,7 +13,7 @@ from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores
 from moe_jax.routing.assignment import Arrays, RouterInputs
 from moe_jax.routing.losses import Losses
-from moe_jax.routing.token_choice import Choice, LinearRouter, TokenChoice, gates_of
+from moe_jax.routing.token_choice import Choice, LinearRouter, TokenChoice
 
 
 def within_best_groups(
@@ -195,17 +195,20 @@ class DeepSeekV3(TokenChoice):
     def choose(self, parameters: Arrays, inputs: RouterInputs, num_experts: int) -> Choice:
         """The K experts of largest s + bias in each token's M best groups."""
         logits = scores.product(inputs.x, parameters["weights"])
+        log_scores = jax.nn.log_sigmoid(logits)
         # s / sum of s, which is not 0 / 0 where every sigmoid underflows.
-        probabilities = jax.nn.softmax(jax.nn.log_sigmoid(logits))
+        probabilities = jax.nn.softmax(log_scores)
         ranking = jax.lax.stop_gradient(jax.nn.sigmoid(logits) + parameters["bias"])
         counted = min(2, num_experts // self.groups)
         limited = within_best_groups(ranking, self.groups, self.groups_per_token, counted)
         _, experts = jax.lax.top_k(limited, self.k)
         weights = self.gate_scale * jax.nn.sigmoid(logits)
         if self.renormalize:
-            # As probabilities, whose ratios are those of s.
-            chosen = gates_of(probabilities, experts).sum(axis=1, keepdims=True)
-            weights = self.gate_scale * probabilities / jnp.maximum(chosen, 1e-9)
+            # In logarithms, because the bias may choose experts whose scores underflow. Experts that
+            # were not chosen weigh 1 at most, so that nothing overflows.
+            chosen = jnp.take_along_axis(log_scores, experts, axis=1)
+            total = jax.nn.logsumexp(chosen, axis=1, keepdims=True)
+            weights = self.gate_scale * jnp.exp(jnp.minimum(log_scores - total, 0.0))
         extra = {}
         if self.losses.sequence_wise:
             _, unbiased = jax.lax.top_k(probabilities, self.k)
