@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import pytest
+from hypothesis import settings
 
 from moe_jax.data.sources import prepare_dataset
 
@@ -18,6 +19,12 @@ jax.config.update(
     "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+# CI tries the same examples in every run; elsewhere every run tries new ones.
+settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")
