@@ -13,7 +13,13 @@ from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores
 from moe_jax.routing.assignment import Arrays, RouterInputs
 from moe_jax.routing.losses import Losses
-from moe_jax.routing.token_choice import Choice, LinearRouter, TokenChoice
+from moe_jax.routing.token_choice import (
+    Choice,
+    LinearRouter,
+    TokenChoice,
+    validate_expert_groups,
+    validate_gate_scale,
+)
 
 
 def within_best_groups(
@@ -53,12 +59,6 @@ def validate_limit(
             "router.no_token_left_behind is True, which sends tokens to experts outside of the "
             f"{field}={groups_per_token} groups that they are limited to; switch it off."
         )
-
-
-def validate_gate_scale(gate_scale: float) -> None:
-    """Raises UserError unless the scale is above 0."""
-    if not gate_scale > 0:
-        raise UserError(f"router.gate_scale is {gate_scale}; it must be above 0.")
 
 
 @dataclasses.dataclass
@@ -131,9 +131,9 @@ class DeepSeekV3(TokenChoice):
     """Sigmoid scores, chosen under a bias that balances the load (V3 section 2.1.2).
 
     s = sigmoid(x W). Experts are chosen by s + bias; the gates are gate_scale * s / (sum of the
-    chosen s), without the bias, and sum to `gate_scale`; or gate_scale * s. A token is limited to the M groups with
-    the largest sums of their two largest s + bias. `groups=1` limits nothing, as in the paper on
-    loss-free balancing (Wang et al. 2024).
+    chosen s), without the bias, and sum to `gate_scale`; or gate_scale * s. A token is limited to
+    the M groups with the largest sums of their two largest s + bias. `groups=1` limits nothing, as
+    in the paper on loss-free balancing (Wang et al. 2024).
 
     After a training step, the bias of an expert with less than the mean load of the global batch
     rises by `bias_rate`, and that of one with more falls by it. It has no gradient.
@@ -170,16 +170,7 @@ class DeepSeekV3(TokenChoice):
             raise UserError(
                 f"router.bias_rate is {self.bias_rate}; it must be above 0, or 0 to keep the bias."
             )
-        if self.groups < 1 or num_experts % self.groups:
-            raise UserError(
-                f"router.groups is {self.groups}, which does not divide the {num_experts} experts; "
-                "use a divisor."
-            )
-        if not 1 <= self.groups_per_token <= self.groups:
-            raise UserError(
-                f"router.groups_per_token is {self.groups_per_token}; it must be between 1 and "
-                f"router.groups={self.groups}."
-            )
+        validate_expert_groups(self.groups, self.groups_per_token, num_experts)
         validate_limit(
             self, num_experts, self.groups, self.groups_per_token, "router.groups_per_token"
         )

@@ -21,6 +21,7 @@ from moe_jax.errors import UserError
 from moe_jax.routing import service, statistics
 from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing, TokenAssignment
 from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.token_choice import validate_k
 
 
 def left_to_right(
@@ -199,11 +200,7 @@ class UniformRandom(Router):
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError unless 1 <= K <= E and the seed is one."""
-        if not 1 <= self.k <= num_experts:
-            raise UserError(
-                f"router.k is {self.k} but there are {num_experts} experts; "
-                f"choose k between 1 and num_experts."
-            )
+        validate_k(self.k, num_experts)
         _validate_seed(self.seed)
 
     def route(

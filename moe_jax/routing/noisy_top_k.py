@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores
 from moe_jax.routing.assignment import Arrays, Mean, RouterInputs
-from moe_jax.routing.token_choice import Choice, TokenChoice
+from moe_jax.routing.token_choice import Choice, TokenChoice, validate_expert_groups
 
 # softplus underflows to 0 in the end, where the chance of being kept would be 0 / 0.
 LEAST_DEVIATION = 1e-6
@@ -201,16 +201,7 @@ class HierarchicalNoisyTopK(NoisyTopK):
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
         super().validate(num_experts)
-        if self.groups < 1 or num_experts % self.groups:
-            raise UserError(
-                f"router.groups is {self.groups}, which does not divide the {num_experts} experts; "
-                "use a divisor."
-            )
-        if not 1 <= self.groups_per_token <= self.groups:
-            raise UserError(
-                f"router.groups_per_token is {self.groups_per_token}; it must be between 1 and "
-                f"router.groups={self.groups}."
-            )
+        validate_expert_groups(self.groups, self.groups_per_token, num_experts)
         if self.k > num_experts // self.groups:
             raise UserError(
                 f"router.k is {self.k} but a group has {num_experts // self.groups} experts "

@@ -91,11 +91,7 @@ class TokenChoice(Router):
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError unless 1 <= K <= E, and 2 K <= E for a second pass."""
-        if not 1 <= self.k <= num_experts:
-            raise UserError(
-                f"router.k is {self.k} but there are {num_experts} experts; "
-                f"choose k between 1 and num_experts."
-            )
+        validate_k(self.k, num_experts)
         if self.no_token_left_behind and 2 * self.choices > num_experts:
             raise UserError(
                 f"router.no_token_left_behind needs {self.choices} further experts for "
@@ -122,6 +118,35 @@ class TokenChoice(Router):
             statistics=statistics.of_token_choice(
                 assignment, choice.experts, choice.logits, choice.probabilities, inputs.mask
             ),
+        )
+
+
+def validate_k(k: int, num_experts: int) -> None:
+    """Raises UserError unless 1 <= K <= E."""
+    if not 1 <= k <= num_experts:
+        raise UserError(
+            f"router.k is {k} but there are {num_experts} experts; "
+            "choose k between 1 and num_experts."
+        )
+
+
+def validate_gate_scale(gate_scale: float) -> None:
+    """Raises UserError unless the scale is above 0."""
+    if not gate_scale > 0:
+        raise UserError(f"router.gate_scale is {gate_scale}; it must be above 0.")
+
+
+def validate_expert_groups(groups: int, groups_per_token: int, num_experts: int) -> None:
+    """Raises UserError unless the groups divide E and a token can go to that many of them."""
+    if groups < 1 or num_experts % groups:
+        raise UserError(
+            f"router.groups is {groups}, which does not divide the {num_experts} experts; "
+            "use a divisor."
+        )
+    if not 1 <= groups_per_token <= groups:
+        raise UserError(
+            f"router.groups_per_token is {groups_per_token}; it must be between 1 and "
+            f"router.groups={groups}."
         )
 
 
@@ -246,8 +271,7 @@ class TopK(LinearRouter):
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
         super().validate(num_experts)
-        if not self.gate_scale > 0:
-            raise UserError(f"router.gate_scale is {self.gate_scale}; it must be above 0.")
+        validate_gate_scale(self.gate_scale)
 
     def choose(self, parameters: Arrays, inputs: RouterInputs, num_experts: int) -> Choice:
         """The K most probable experts of each token."""

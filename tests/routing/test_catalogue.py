@@ -343,6 +343,28 @@ def test_one_token_and_tokens_that_are_all_alike(entry, tokens):
         assert len(held) and len(set(held)) == len(held), "one slot, one token"
 
 
+@pytest.mark.parametrize("entry", OF_EACH_CLASS, ids=lambda entry: entry.name)
+def test_groups_under_vmap_equal_groups_one_by_one(entry):
+    index = ENTRIES.index(entry)
+    everything = jnp.ones(S, bool)
+
+    @jax.jit
+    @jax.vmap
+    def together(x):
+        return route(index, TIGHT, True, parameters(index), x, jnp.asarray(IDS), everything)
+
+    groups = [vectors(S, D, seed) for seed in range(2)]
+    parameters(index)  # Made outside of the trace.
+    stacked = together(jnp.stack(groups))
+    for i, x in enumerate(groups):
+        one = routed(entry, TIGHT, True, x)
+        jax.tree.map(
+            lambda got, want, i=i: np.testing.assert_allclose(got[i], want, rtol=1e-4, atol=1e-6),
+            stacked,
+            one,
+        )
+
+
 # Gradients
 
 

@@ -433,50 +433,6 @@ def test_values_and_gradients_are_finite(router):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_contents_of_padding_change_nothing_and_it_takes_no_slot(router):
-    mask = np.array([True, False, True, True, False, True, True, True, False])
-    x, parameters = vectors(S, D), random_parameters(router, bias=0.3)
-    route = jitted_route(router, capacity=2)
-    before = route(parameters, group(x, mask=mask))
-    after = route(parameters, group(jnp.where(mask[:, None], x, 7.0), mask=mask))
-    for name in ("experts", "slots", "gates"):
-        old, new = (getattr(routing.assignment, name)[mask] for routing in (before, after))
-        np.testing.assert_array_equal(old, new)
-    for old, new in zip(
-        jax.tree.leaves((before.losses, before.statistics)),
-        jax.tree.leaves((after.losses, after.statistics)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(old, new, rtol=1e-6)
-    assert (before.assignment.slots[~mask] == 2).all()
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_groups_under_vmap_equal_groups_one_by_one(router):
-    parameters, route = random_parameters(router, bias=0.3), jitted_route(router)
-    inputs = [group(vectors(S, D, seed)) for seed in range(2)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
-    together = jax.jit(jax.vmap(lambda one: router.route(parameters, one, E, S)))(stacked)
-    for i, one in enumerate(inputs):
-        for got, expected in zip(
-            jax.tree.leaves(together), jax.tree.leaves(route(parameters, one)), strict=True
-        ):
-            np.testing.assert_allclose(got[i], expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_routing_is_causal(router):
-    assert router.leak is None
-    parameters, route = random_parameters(router, bias=0.3), jitted_route(router, capacity=2)
-    x = vectors(S, D)
-    before = route(parameters, group(x)).assignment
-    after = route(parameters, group(x.at[5:].set(-2 * x[5:]))).assignment
-    assert (before.experts[5:] != after.experts[5:]).any()
-    for name in ("experts", "slots", "gates"):
-        np.testing.assert_array_equal(getattr(before, name)[:5], getattr(after, name)[:5])
-
-
-@pytest.mark.parametrize("router", ROUTERS)
 def test_loss_weights_name_the_losses(router):
     parameters, inputs = random_parameters(router), group(vectors(S, D))
     assert set(v3_route(random_parameters(V3), inputs).losses) == {"sequence_wise"}

@@ -368,50 +368,6 @@ def test_values_and_gradients_are_finite(router, train):
                 assert float(routing.losses["load"].value()) == 0
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_contents_of_padding_change_nothing_and_it_takes_no_slot(router):
-    mask = np.array([True, False, True, True, False, True, True, True, False, True])
-    x, parameters = vectors(S, D), random_parameters(router)
-    route = jitted_route(router, capacity=3)
-    before = route(parameters, group(x, mask=mask))
-    after = route(parameters, group(jnp.where(mask[:, None], x, 7.0), mask=mask))
-    for name in ("experts", "slots", "gates"):
-        old, new = (getattr(routing.assignment, name)[mask] for routing in (before, after))
-        np.testing.assert_array_equal(old, new)
-    for old, new in zip(
-        jax.tree.leaves((before.losses, before.statistics)),
-        jax.tree.leaves((after.losses, after.statistics)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(old, new, rtol=1e-6)
-    assert (before.assignment.slots[~mask] == 3).all()
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_groups_under_vmap_equal_groups_one_by_one(router):
-    parameters, route = random_parameters(router), jitted_route(router)
-    inputs = [group(vectors(S, D, seed), seed=seed) for seed in range(2)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
-    together = jax.jit(jax.vmap(lambda one: router.route(parameters, one, E, S)))(stacked)
-    for i, one in enumerate(inputs):
-        for got, expected in zip(
-            jax.tree.leaves(together), jax.tree.leaves(route(parameters, one)), strict=True
-        ):
-            np.testing.assert_allclose(got[i], expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_routing_is_causal(router):
-    assert router.leak is None
-    parameters, route = random_parameters(router), jitted_route(router, capacity=2)
-    x = vectors(S, D)
-    before = route(parameters, group(x)).assignment
-    after = route(parameters, group(x.at[6:].set(-2 * x[6:]))).assignment
-    assert (before.experts[6:] != after.experts[6:]).any()
-    for name in ("experts", "slots", "gates"):
-        np.testing.assert_array_equal(getattr(before, name)[:6], getattr(after, name)[:6])
-
-
 @pytest.mark.parametrize("router_class", [NoisyTopK, HierarchicalNoisyTopK])
 def test_loss_weights_name_the_losses_and_zero_leaves_one_out(router_class):
     fields = {"k": 1, "groups": A} if router_class is HierarchicalNoisyTopK else {"k": 2}
