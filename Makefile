@@ -7,6 +7,7 @@
 #   make test-slow                  the tests marked `slow` (random kills over a long run)
 #   make test-routers               every router trains a small model on real text
 #   make test-parity                transformers' routers computed anew, against the committed files
+#   make test-tpu                   programs for TPUs, compiled by libtpu on this machine
 #   make install EXTRA=gpu          an environment for NVIDIA GPUs (EXTRA=tpu: for TPUs)
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 # A constraints file pins every version and leaves the choice of extras to setup.py.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requirements.lock
 
-.PHONY: install install-test quickstart test test-slow test-routers test-parity lint lock clean
+.PHONY: install install-test quickstart test test-slow test-routers test-parity test-tpu lint lock clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -59,6 +60,15 @@ test-routers: install-test
 test-parity: install-test
 	$(PIP) --editable .[parity]
 	$(BIN)/python tests/parity/generate.py --check
+
+# libtpu is a compiler for TPUs that needs none, but exists for one platform only.
+test-tpu: install-test
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(PIP) --editable .[tpu]
+	$(BIN)/python -m pytest -m tpu tests/tpu
+else
+	@echo "make test-tpu needs libtpu, which exists for Linux on x86_64 only; nothing was tested."
+endif
 
 lock:
 	uv pip compile setup.py --extra test --extra gpu --extra tpu --universal --python-version 3.11 --upgrade \

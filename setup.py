@@ -30,7 +30,7 @@ setup(
         "test": ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
         # To compare with another implementation; pinned, because the committed outputs are theirs.
         "parity": ["torch==2.13.0", "transformers==5.23.0"],
-        "gpu": ["jax[cuda12]"],
+        "gpu": ["jax[cuda12]", "tokamax>=0.0.12"],
         "tpu": ["jax[tpu]"],
     },
 )

@@ -4,24 +4,41 @@
         [--steps=500] [--config.model.num_experts=16]
 
 Running the same command again continues the run from its newest good checkpoint.
+
+Several processes, which must share the folder, are started with the same command and, on each,
+--coordinator=HOST:PORT --process_count=N --process_id=0 (to N-1), or with --distributed alone where
+JAX can detect these.
 """
 
+import jax
 from absl import flags
 
 from moe_jax import command_line
+from moe_jax.parallel import multihost
 from moe_jax.training import loop
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _STEPS = flags.DEFINE_integer("steps", None, "Total number of steps; default: the config's.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes, as the cluster says (TPU, GKE, Slurm, MPI)."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port at which process 0 is found by the others."
+)
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
 
 
 def main() -> None:
     """Trains and says where the results are."""
+    multihost.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_ID.value)
     config = command_line.experiment(_CONFIG.value)
     if _STEPS.value is not None:
         config.steps = _STEPS.value
     records = loop.train(config, _WORKDIR.value)
+    if jax.process_index():
+        return
     print(
         f"step {records[-1]['step']}: held-out loss {records[-1]['eval/loss']:.4f} nats per token"
     )

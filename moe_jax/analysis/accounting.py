@@ -63,7 +63,8 @@ def of_decoder_lm(config: DecoderLMConfig, length: int) -> Accounting:
         slots = moe.slots(num_experts, train=True)
         visited = moe.router.experts_per_token(tokens, num_experts, slots)
         algorithmic += 2 * expert * visited
-        executed += 2 * (expert * slots / tokens + config.width) * num_experts
+        rows = moe.expert_rows(num_experts, train=True)
+        executed += 2 * (expert * rows + config.width * num_experts)
         activated -= expert * (num_experts - visited)
     return Accounting(parameters, round(activated), algorithmic, executed)
 

@@ -1,6 +1,6 @@
 """Pictures of runs, from the records in their metrics.jsonl."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -180,3 +180,168 @@ def save_side_by_side(
         title="Where the experts help",
     )
     figure.savefig(str(path), dpi=120)
+
+
+# Of routing skews, apart from SPARSE and DENSE, which mean models; with a shift to the side (factor
+# of the place), so that points do not cover each other.
+_SKEWS = {"uniform": ("#009E73", 0.93), "zipf1.5": ("#CC79A7", 1.0), "one_hot": ("#E69F00", 1.075)}
+
+
+def save_layer_benchmark(rows: Records, title: str, path: epath.PathLike) -> None:
+    """Draws what MoE layers cost relative to the balanced floor, one panel per variant.
+
+    Variants that cost less than 4 times the floor share a linear axis and are drawn by assignments
+    per expert. The others compute more experts than the tokens chose, so their cost goes by the
+    number of experts; each has a logarithmic axis of its own.
+
+    Args:
+      rows: of experiments/bench_layer.py, of one mode; those of the two floors are drawn as lines.
+      title: of the picture.
+      path: PNG to write.
+    """
+    medians = {
+        name: np.median([row["ratio_to_balanced"] for row in rows if row["variant"] == name])
+        for name in dict.fromkeys(row["variant"] for row in rows)
+    }
+    layers = [name for name in medians if name not in ("dense", "balanced")]
+    cheap = [row for row in rows if medians[row["variant"]] < 4]
+    columns = min(4, len(layers))
+    lines = -(-len(layers) // columns)
+    figure = Figure(figsize=(3.4 * columns, 3.3 * lines + 0.8), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(lines, columns, squeeze=False)
+    for panel in panels.ravel()[len(layers) :]:
+        panel.set_visible(False)
+    for panel, name in zip(panels.ravel(), layers, strict=False):
+        if medians[name] < 4:
+            _draw_variant(panel, rows, name, _rows_per_expert)
+            top = 1.05 * max(row["ratio_to_balanced"] for row in cheap)
+            panel.set(ylim=(0, top), xlabel="assignments per expert (N/E)")
+        else:
+            _draw_variant(panel, rows, name, _experts)
+            panel.set(yscale="log", xlabel="experts (E); logarithmic cost")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.tick_params(axis="y", which="minor", labelleft=False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("time / balanced floor")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(str(path), dpi=120)
+
+
+def _rows_per_expert(row: Mapping[str, Any]) -> float:
+    return row["tokens"] * row["k"] / row["experts"]
+
+
+def _experts(row: Mapping[str, Any]) -> float:
+    return row["experts"]
+
+
+def _draw_variant(
+    panel: Axes, rows: Records, variant: str, place: Callable[[Mapping[str, Any]], float]
+) -> None:
+    """One point per shape and skew, a line through the medians, and both floors."""
+    panel.axhline(1, color=NEUTRAL, linewidth=1.2, label="balanced floor")
+    at, ratios = _places_and_ratios(rows, "dense", place)
+    panel.plot(*_medians(at, ratios), "_--", color=DENSE, linewidth=1.2, label="dense floor")
+    for skew, (color, shift) in _SKEWS.items():
+        at, ratios = _places_and_ratios([r for r in rows if r["skew"] == skew], variant, place)
+        if len(at):
+            panel.plot(shift * at, ratios, "o", color=color, markersize=4, alpha=0.45, mew=0)
+            panel.plot(*_medians(shift * at, ratios), "_-", color=color, ms=9, mew=2, label=skew)
+    ticks = np.unique([place(row) for row in rows])
+    ticks = ticks[:: 1 + len(ticks) // 8]
+    panel.set_xscale("log", base=2)
+    panel.set_xlim(ticks[0] / 1.6, 1.6 * ticks[-1])
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.minorticks_off()
+    panel.set_title(variant)
+    panel.grid(axis="y", alpha=0.3, linewidth=0.5)
+
+
+def _places_and_ratios(
+    rows: Records, variant: str, place: Callable[[Mapping[str, Any]], float]
+) -> tuple[np.ndarray, np.ndarray]:
+    own = [row for row in rows if row["variant"] == variant]
+    return np.array([place(row) for row in own]), np.array([r["ratio_to_balanced"] for r in own])
+
+
+def _medians(at: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different places, and the median of the values at each."""
+    places = np.unique(at)
+    return places, np.array([np.median(values[at == place]) for place in places])
+
+
+_COLLECTIVES = {
+    "all-to-all": "#E69F00", "ragged-all-to-all": "#8C6100", "all-gather": "#56B4E9",
+    "reduce-scatter": "#F0E442", "all-reduce": "#CC79A7", "collective-permute": "#000000",
+    "collective-broadcast": "#BBBBBB",
+}  # fmt: skip
+# Forward, backward, and the time of both in collectives.
+_PASSES = {"forward": "#009E73", "backward": "#8FD3C0", "collectives, waiting included": "#332288"}
+
+
+def save_step_profile(
+    received: Mapping[str, Mapping[str, float]],
+    flops: Mapping[str, tuple[float, ...]],
+    seconds: Mapping[str, tuple[float, ...]],
+    unattributed: float,
+    title: str,
+    path: epath.PathLike,
+) -> None:
+    """Draws what one training step receives, multiplies and takes on one device.
+
+    Args:
+      received: layer -> collective -> bytes in a step.
+      flops: part -> FLOPs in the forward and in the backward pass.
+      seconds: the same parts -> time of the forward and of the backward pass without collectives,
+        and in collectives.
+      unattributed: seconds of the step in which no part worked.
+      title: of the picture.
+      path: PNG to write.
+    """
+    height = 0.27 * (len(seconds) + 3)
+    figure = Figure(figsize=(11, 3.8 + height), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.add_gridspec(2, 2, height_ratios=(3.1, height))
+    _draw_received(figure.add_subplot(grid[0, :]), received)
+    left = figure.add_subplot(grid[1, 0])
+    right = figure.add_subplot(grid[1, 1], sharey=left)
+    most = max((sum(values) for values in flops.values()), default=0)
+    scale, unit = (1e9, "GFLOPs") if most > 1e9 else (1e6, "MFLOPs")
+    _draw_passes(left, {**flops, "unattributed": (0, 0)}, scale)
+    left.set(title="Matrix products by part", xlabel=f"{unit} in a step, on one device")
+    left.invert_yaxis()
+    _draw_passes(right, {**seconds, "unattributed": (0, 0, 0)}, 1e-3)
+    right.barh("unattributed", 1e3 * unattributed, color=NEUTRAL)
+    right.set(title="Time by part", xlabel="ms in a traced step, mean over devices")
+    right.tick_params(labelleft=False)
+    right.legend(fontsize=8)
+    figure.savefig(str(path), dpi=120)
+
+
+def _draw_received(axes: Axes, received: Mapping[str, Mapping[str, float]]) -> None:
+    """One bar per layer, stacked by collective."""
+    axes.set(ylabel="KiB in a step, on one device", title="Received from other devices, by layer")
+    if not received:
+        axes.text(0.5, 0.5, "one device receives nothing", ha="center", transform=axes.transAxes)
+        return
+    layers, top = list(received), np.zeros(len(received))
+    for collective, color in _COLLECTIVES.items():
+        heights = np.array([received[layer].get(collective, 0.0) for layer in layers]) / 1024
+        if heights.any():
+            axes.bar(layers, heights, bottom=top, color=color, label=collective, width=0.7)
+        top += heights
+    axes.tick_params(axis="x", rotation=90 if len(layers) > 12 else 0)
+    axes.legend(fontsize=8)
+
+
+def _draw_passes(axes: Axes, values: Mapping[str, tuple[float, ...]], unit: float) -> None:
+    """One bar per part, the passes one after the other."""
+    parts, left = [part.replace("_", " ") for part in values], np.zeros(len(values))
+    for widths, (name, color) in zip(
+        zip(*values.values(), strict=True), _PASSES.items(), strict=False
+    ):
+        axes.barh(parts, np.array(widths) / unit, left=left, color=color, label=name)
+        left += np.array(widths) / unit
+    axes.grid(axis="x", alpha=0.3, linewidth=0.5)

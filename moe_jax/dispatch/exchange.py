@@ -1,28 +1,62 @@
-"""Moving expert buffers between the devices of the `expert` mesh axis, inside a shard_map.
+"""Moving rows between the devices of the `expert` mesh axis, inside a shard_map: the transports.
 
-Axis letters: G groups of this device, E experts, C slots per expert and group, d width.
+Axis letters: G groups of this device, E experts, C slots per expert and group, d width, R rows.
 X is the number of devices along the axis; a device owns experts [i * E/X, (i+1) * E/X).
 """
 
+import enum
+
 import jax
+import jax.numpy as jnp
 
 
-def to_expert_owners(buffers: jax.Array, axis: str) -> jax.Array:
+class Transport(enum.StrEnum):
+    """How tokens reach the devices that own their experts.
+
+    ALL_TO_ALL: buffers of a fixed size, one for each device, by `all_to_all`.
+    RAGGED: as many rows as there are, by `ragged_all_to_all`; for dropless dispatch.
+    RING: every device sees all tokens of the axis (all-gather), works on those for its own experts,
+      and the results are summed where they belong (reduce-scatter). Sends X times a device's tokens
+      whatever K, so it is the cheaper one where K is not far below X.
+    """
+
+    ALL_TO_ALL = "all_to_all"
+    RAGGED = "ragged"
+    RING = "ring"
+
+
+class Wire(enum.StrEnum):
+    """In which dtype rows travel, forward and backward: the compute dtype, or bfloat16."""
+
+    COMPUTE = "compute"
+    BFLOAT16 = "bfloat16"
+
+    def pack(self, rows: jax.Array) -> jax.Array:
+        """[...] as it is sent; integers stay as they are."""
+        narrow = self == Wire.BFLOAT16 and jnp.issubdtype(rows.dtype, jnp.floating)
+        return rows.astype(jnp.bfloat16) if narrow else rows
+
+
+def to_expert_owners(buffers: jax.Array, axis: str, wire: Wire = Wire.COMPUTE) -> jax.Array:
     """Sends each expert's slots to the device that owns the expert: one all_to_all.
 
     Args:
       buffers: [G, E, C, ...] this device's groups, all experts.
       axis: name of the mesh axis.
+      wire: dtype of the exchange.
 
     Returns:
       [E/X, X * G * C, ...] this device's experts, all groups of the X devices.
     """
     groups, experts, capacity = buffers.shape[:3]
     rows = buffers.swapaxes(0, 1).reshape(experts, groups * capacity, *buffers.shape[3:])
-    return jax.lax.all_to_all(rows, axis, split_axis=0, concat_axis=1, tiled=True)
+    sent = jax.lax.all_to_all(wire.pack(rows), axis, split_axis=0, concat_axis=1, tiled=True)
+    return sent.astype(buffers.dtype)
 
 
-def from_expert_owners(rows: jax.Array, axis: str, groups: int, capacity: int) -> jax.Array:
+def from_expert_owners(
+    rows: jax.Array, axis: str, groups: int, capacity: int, wire: Wire = Wire.COMPUTE
+) -> jax.Array:
     """The inverse of `to_expert_owners`: one all_to_all.
 
     Args:
@@ -30,9 +64,21 @@ def from_expert_owners(rows: jax.Array, axis: str, groups: int, capacity: int) -
       axis: name of the mesh axis.
       groups: G.
       capacity: C.
+      wire: dtype of the exchange.
 
     Returns:
       [G, E, C, d].
     """
-    rows = jax.lax.all_to_all(rows, axis, split_axis=1, concat_axis=0, tiled=True)
-    return rows.reshape(rows.shape[0], groups, capacity, rows.shape[-1]).swapaxes(0, 1)
+    sent = jax.lax.all_to_all(wire.pack(rows), axis, split_axis=1, concat_axis=0, tiled=True)
+    sent = sent.astype(rows.dtype)
+    return sent.reshape(sent.shape[0], groups, capacity, sent.shape[-1]).swapaxes(0, 1)
+
+
+def gather_tokens(values: jax.Array, axis: str, wire: Wire = Wire.COMPUTE) -> jax.Array:
+    """[n, ...] of this device to [X * n, ...] of all, in the order of devices: one all-gather."""
+    return jax.lax.all_gather(wire.pack(values), axis, tiled=True).astype(values.dtype)
+
+
+def sum_to_owners(values: jax.Array, axis: str, wire: Wire = Wire.COMPUTE) -> jax.Array:
+    """Sums [X * n, ...] over devices and leaves each its own [n, ...]: one reduce-scatter."""
+    return jax.lax.psum_scatter(wire.pack(values), axis, tiled=True).astype(values.dtype)

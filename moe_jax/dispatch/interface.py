@@ -1,18 +1,133 @@
-"""What every dispatch does: bring tokens to their experts and the outputs back."""
+"""What every dispatch does: bring tokens to their experts and the outputs back.
 
+Axis letters
+  G groups of this device    S tokens per group    K choices per token
+  E experts, of which this device has E/X          d width
+  C slots per expert         R rows in one array, whatever experts they are for
+"""
+
+import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
-from moe_jax.routing.assignment import Assignment
+from moe_jax.dispatch.grouped_matmul.interface import GroupedMatmul, grouped_matmul
+from moe_jax.routing.assignment import Assignment, Mean, Router
 
-# (rows [experts here, rows, d], global token index of each row [experts here, rows]) -> outputs.
-Experts = Callable[[jax.Array, jax.Array], jax.Array]
+# (rows, one weight) -> rows; how depends on where the rows of an expert are.
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Network(Protocol):
+    """A feed-forward network in two steps, both of rows [...] alone; static and hashable.
+
+    What lies between them is all that is kept for the gradient. Their only access to weights is
+    `product`, so that the same network works on slots, on sorted rows and on blocks.
+    """
+
+    def up(self, weights: Any, rows: jax.Array, product: Product) -> Any:
+        """[..., d] to what the activation function is applied to, a tree of [..., f]."""
+
+    def down(
+        self, weights: Any, hidden: Any, keys: jax.Array | None, product: Product
+    ) -> jax.Array:
+        """That to [..., d]; keys [...] are a PRNG key for each row, or None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The feed-forward networks of this device's experts.
+
+    Attributes:
+      num_experts: E, over all devices.
+      first: [] int32 global number of this device's first expert.
+      weights: tree of arrays [E/X, ...].
+      network: applies them; its only access to weights is `product`.
+      row_key: (token index, expert) -> PRNG key, elementwise; None where nothing is random.
+    """
+
+    num_experts: int
+    first: jax.Array
+    weights: Any
+    network: Network
+    row_key: Callable[[jax.Array, jax.Array], jax.Array] | None
+
+    @property
+    def here(self) -> int:
+        """E/X."""
+        return jax.tree.leaves(self.weights)[0].shape[0]
+
+    def on_slots(self, rows: jax.Array, token: jax.Array) -> jax.Array:
+        """As many rows for each expert: one batched product for each weight.
+
+        Args:
+          rows: [E/X, R, d].
+          token: [E/X, R] int32 index of each row's token in the global batch.
+
+        Returns:
+          [E/X, R, d].
+        """
+        keys = self.keys(token, jnp.arange(self.here)[:, None])
+        return run(self.network, self.weights, rows, keys, batched_product)
+
+    def on_groups(
+        self, rows: jax.Array, token: jax.Array, sizes: jax.Array, backends: GroupedMatmul
+    ) -> jax.Array:
+        """Rows sorted by expert, with one grouped product for each weight.
+
+        Args:
+          rows: [R, d].
+          token: [R] int32, as in `on_slots`.
+          sizes: [E/X] int32 rows of each expert; the rows after them are empty and give 0.
+          backends: what computes the products.
+
+        Returns:
+          [R, d].
+        """
+
+        def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+            return grouped_matmul(rows, weight, sizes, backends)
+
+        keys = self.keys(token, row_experts(sizes, rows.shape[0]))
+        return run(self.network, self.weights, rows, keys, product)
+
+    def keys(self, token: jax.Array, expert: jax.Array) -> jax.Array | None:
+        """PRNG keys of rows: token [...] int32, expert of this device broadcast to it; or None."""
+        if self.row_key is None:
+            return None
+        return self.row_key(token, self.first + jnp.broadcast_to(expert, token.shape))
+
+
+def row_experts(sizes: jax.Array, rows: int) -> jax.Array:
+    """[R] int32 which expert each row is for, of [E] rows each; the last one for rows beyond."""
+    experts = jnp.arange(sizes.shape[0], dtype=jnp.int32)
+    return jnp.repeat(experts, sizes, total_repeat_length=rows)
+
+
+@jax.named_scope("experts")
+def run(
+    network: Network, weights: Any, rows: jax.Array, keys: jax.Array | None, product: Product
+) -> jax.Array:
+    """Both steps of the network."""
+    return network.down(weights, network.up(weights, rows, product), keys, product)
+
+
+def batched_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """[E/X, R, d] times [E/X, d, f]."""
+    return jnp.einsum("erd,edf->erf", rows, weight)
 
 
 class Dispatch(Protocol):
     """A component of a config; runs inside the MoE layer's shard_map."""
+
+    @property
+    def dropless(self) -> bool:
+        """Whether experts have no capacity: every choice of every token is served."""
+
+    def validate(self, router: Router) -> None:
+        """Raises UserError where the fields are impossible, or cannot work with the router."""
 
     def apply(
         self,
@@ -20,19 +135,18 @@ class Dispatch(Protocol):
         assignment: Assignment,
         token_index: jax.Array,
         experts: Experts,
-        num_experts: int,
         axis: str,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         """Runs every token of this device through its experts.
 
         Args:
           x: [G, S, d] this device's tokens, in groups.
           assignment: the router's, lifted over G.
           token_index: [G, S] int32 index of each token in the global batch.
-          experts: the feed-forward networks of this device's experts.
-          num_experts: E, over all devices.
-          axis: mesh axis that the experts are split over.
+          experts: of this device.
+          axis: mesh axis of X devices that the experts are split over.
 
         Returns:
-          [G, S, d], 0 for tokens that no expert served.
+          [G, S, d], 0 for tokens that no expert served; and statistics of this device's tokens by
+          name.
         """

@@ -72,6 +72,7 @@ class Attention(nnx.Module):
         self.out = nnx.Param(out, axes=("heads", "head", "embed"))
         self.causal = causal
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x: jax.Array,

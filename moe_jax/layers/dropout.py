@@ -14,19 +14,3 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
-def dropout_by_token(
-    x: jax.Array, rate: float, key: jax.Array, token_index: jax.Array
-) -> jax.Array:
-    """Dropout whose draw follows the token, wherever its row was sent.
-
-    Args:
-      x: [rows, f].
-      rate: probability of zeroing an entry.
-      key: PRNG key.
-      token_index: [rows] int32 index of the row's token in the global batch.
-    """
-    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(token_index)
-    keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)

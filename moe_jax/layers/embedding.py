@@ -20,11 +20,13 @@ class TokenEmbedding(nnx.Module):
         table = scaled_truncated_normal(key, (vocab_size, width), width, scale)
         self.table = nnx.Param(table, axes=("vocabulary", "embed"))
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Ids [B, L] int32 to vectors [B, L, d] of unit variance: rows times sqrt(d)."""
         table = self.table[...].astype(dtype)
         return table[tokens] * jnp.sqrt(table.shape[1]).astype(dtype)
 
+    @jax.named_scope("logits")
     def logits(self, x: jax.Array) -> jax.Array:
         """[B, L, d] to [B, L, V] float32."""
         return jnp.einsum(

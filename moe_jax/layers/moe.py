@@ -19,16 +19,15 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
 from moe_jax.dispatch.gather import Gather
-from moe_jax.dispatch.interface import Dispatch
+from moe_jax.dispatch.interface import Dispatch, Experts, Product
 from moe_jax.errors import UserError
-from moe_jax.layers.dropout import dropout_by_token
 from moe_jax.layers.initializers import scaled_truncated_normal
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.shared_experts import BranchMix, SharedExperts
 from moe_jax.parallel.mesh import DATA, EXPERT, MODEL, TOKEN_AXES, mesh_in_force
 from moe_jax.parallel.sharding import axis_size
 from moe_jax.routing.assignment import Mean, Router, RouterInputs, Routing
-from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.statistics import of_load
 from moe_jax.routing.token_choice import TopK
 
@@ -39,7 +38,7 @@ class MoEConfig:
 
     Attributes:
       router: any `moe_jax.routing.assignment.Router`; swap it by a Python line in a config.
-      capacity: slots per expert.
+      capacity: slots per expert; left as it is where the dispatch is dropless.
       group_size: S, tokens that compete for the same slots in training and evaluation. Groups are
         consecutive tokens of the batch, so the result does not depend on the mesh.
       dispatch: how tokens reach their experts: any `moe_jax.dispatch.interface.Dispatch`.
@@ -61,6 +60,13 @@ class MoEConfig:
         """Raises UserError where the layer could not be built with E experts."""
         self.router.validate(num_experts)
         self.capacity.validate()
+        self.dispatch.validate(self.router)
+        if self.dispatch.dropless and self.capacity != Capacity():
+            raise UserError(
+                f"moe.capacity is {self.capacity}, but moe.dispatch is "
+                f"{type(self.dispatch).__name__}, which serves every choice; leave moe.capacity as "
+                "it is, or use moe.dispatch = Gather()."
+            )
         if self.group_size < 1:
             raise UserError(f"moe.group_size is {self.group_size}; it must be at least 1 token.")
         for train in (True, False):
@@ -75,12 +81,19 @@ class MoEConfig:
             raise UserError(f"moe.expert_dropout is {self.expert_dropout}; it must be in [0, 1).")
 
     def slots(self, num_experts: int, train: bool) -> int:
-        """C, slots per expert and group.
+        """C, slots per expert and group; S, which nothing can exceed, where no choice is dropped.
 
         Raises:
           UserError: the capacity policy gives none.
         """
-        return self.router.slots(self.capacity, self.group_size, num_experts, train)
+        policy = Capacity(rule=CapacityRule.NO_DROPS) if self.dispatch.dropless else self.capacity
+        return self.router.slots(policy, self.group_size, num_experts, train)
+
+    def expert_rows(self, num_experts: int, train: bool) -> float:
+        """Rows that all experts together work on, for each token of a group."""
+        if self.dispatch.dropless:
+            return self.router.choices
+        return num_experts * self.slots(num_experts, train) / self.group_size
 
 
 @jax.tree_util.register_dataclass
@@ -247,7 +260,8 @@ class MoE(nnx.Module):
         y = y.reshape(x.shape)
         if self.shared is not None:
             shared_key = None if key is None or mode != Mode.TRAIN else jax.random.fold_in(key, 3)
-            y = self.shared(x, y, shared_key)
+            with jax.named_scope("shared_experts"):
+                y = self.shared(x, y, shared_key)
         return y, report
 
 
@@ -336,56 +350,97 @@ def _moe_of_shard(
         )
         return config.router.route(router, inputs, num_experts, capacity)
 
-    # The group's first token stands for its global index.
-    routing = jax.vmap(route)(x, info, token_index[:, 0])
+    with jax.named_scope("router"):
+        # The group's first token stands for its global index.
+        routing = jax.vmap(route)(x, info, token_index[:, 0])
 
-    # FSDP: gathered here and not by the caller, so that the backward pass is a reduce-scatter.
-    weights_in = _gather_over_data(w_in, axis=1).astype(x.dtype)
-    weights_out = _gather_over_data(w_out, axis=2).astype(x.dtype)
+    with jax.named_scope("experts"):
+        # FSDP: gathered here and not by the caller, so that the backward pass is a reduce-scatter.
+        weights_in = _gather_over_data(w_in, axis=1).astype(x.dtype)
+        weights_out = _gather_over_data(w_out, axis=2).astype(x.dtype)
 
-    def experts(rows: jax.Array, rows_token: jax.Array) -> jax.Array:
-        hidden = jax.nn.relu(jnp.einsum("erd,edf->erf", rows, weights_in))
-        if train and config.expert_dropout:
-            hidden = _expert_dropout(hidden, config.expert_dropout, dropout_key, rows_token)
-        return jnp.einsum("erf,efd->erd", hidden, weights_out)
+    dropout = train and config.expert_dropout > 0
 
+    @jnp.vectorize
+    def row_key(token: jax.Array, expert: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(dropout_key, expert), token)
+
+    experts = Experts(
+        num_experts,
+        first=jax.lax.axis_index(EXPERT) * weights_in.shape[0],
+        weights={"w_in": weights_in, "w_out": weights_out},
+        network=FeedForwardExpert(config.expert_dropout),
+        row_key=row_key if dropout else None,
+    )
     # Each device of `model` computes with its slice of f; from here on their values differ. Said
     # on x and not on the buffers, so that the backward pass sums [T, d] over `model`, not [E*C, d].
     varying = jax.lax.pcast(x, MODEL, to="varying")
-    y = config.dispatch.apply(
-        varying, routing.assignment, token_index, experts, num_experts, EXPERT
-    )
+    y, moved = config.dispatch.apply(varying, routing.assignment, token_index, experts, EXPERT)
     y = jax.lax.psum(y, MODEL)
-    report = _reduced_report(routing)
+    with jax.named_scope("statistics"):
+        report = _reduced_report(routing, moved)
     if mode == Mode.OBSERVE:
         report = dataclasses.replace(report, routing=routing)
     return y, report
 
 
 def _gather_over_data(w: jax.Array, axis: int) -> jax.Array:
+    # An all-gather among one device would still copy all weights, on CPUs four times over.
+    if jax.lax.axis_size(DATA) == 1:
+        return w
     return jax.lax.all_gather(w, DATA, axis=axis, tiled=True)
 
 
-def _expert_dropout(
-    hidden: jax.Array, rate: float, key: jax.Array, rows_token: jax.Array
-) -> jax.Array:
-    """Dropout on [E/expert, R, f/model] whose draw depends on token and expert, not on the mesh."""
-    experts_here, rows, width_here = hidden.shape
-    expert = jax.lax.axis_index(EXPERT) * experts_here + jnp.arange(experts_here)
+@dataclasses.dataclass(frozen=True)
+class FeedForwardExpert:
+    """relu(x W_in) W_out with this device's slice of f: a `moe_jax.dispatch.interface.Network`.
+
+    Attributes:
+      dropout_rate: between the two products.
+    """
+
+    dropout_rate: float
+
+    def up(self, weights: dict[str, jax.Array], rows: jax.Array, product: Product) -> jax.Array:
+        """[..., d] to [..., f/model]."""
+        return product(rows, weights["w_in"])
+
+    def down(
+        self,
+        weights: dict[str, jax.Array],
+        hidden: jax.Array,
+        keys: jax.Array | None,
+        product: Product,
+    ) -> jax.Array:
+        """[..., f/model] to [..., d]."""
+        hidden = jax.nn.relu(hidden)
+        if keys is not None:
+            hidden = _expert_dropout(hidden, self.dropout_rate, keys)
+        return product(hidden, weights["w_out"])
+
+
+def _expert_dropout(hidden: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
+    """Dropout on [..., f/model] whose draw depends on the row's key [...], not on the mesh."""
+    here = hidden.shape[-1]
     # Every device of `model` draws the mask of the whole width and uses its slice of it.
-    ones = jnp.ones((rows, width_here * jax.lax.axis_size(MODEL)), hidden.dtype)
+    width = here * jax.lax.axis_size(MODEL)
+    draw = jnp.vectorize(
+        lambda key: jax.random.bernoulli(key, 1 - rate, (width,)), signature="()->(f)"
+    )
+    keep = draw(keys)
+    keep = jax.lax.dynamic_slice_in_dim(keep, jax.lax.axis_index(MODEL) * here, here, axis=-1)
+    return jnp.where(keep, hidden / (1 - rate), 0).astype(hidden.dtype)
 
-    def one_expert(h: jax.Array, index: jax.Array, token: jax.Array) -> jax.Array:
-        mask = dropout_by_token(ones, rate, jax.random.fold_in(key, index), token)
-        start = jax.lax.axis_index(MODEL) * width_here
-        return h * jax.lax.dynamic_slice_in_dim(mask, start, width_here, axis=1)
 
-    return jax.vmap(one_expert)(hidden, expert, rows_token)
+def _reduced_report(routing: Routing, moved: dict[str, Mean]) -> MoEReport:
+    """Sums the groups' (sum, count) pairs over the whole mesh: one all-reduce of a few floats.
 
-
-def _reduced_report(routing: Routing) -> MoEReport:
-    """Sums the groups' (sum, count) pairs over the whole mesh: one all-reduce of a few floats."""
-    local = jax.tree.map(lambda a: a.sum(axis=0), (routing.losses, routing.statistics))
+    Args:
+      routing: of this device's groups.
+      moved: the dispatch's statistics of this device.
+    """
+    losses, statistics = jax.tree.map(lambda a: a.sum(axis=0), (routing.losses, routing.statistics))
+    local = (losses, statistics | moved)
     flat, unravel = ravel_pytree(local)
     losses, statistics = unravel(jax.lax.psum(flat, TOKEN_AXES))
     values = jax.tree.map(Mean.value, statistics, is_leaf=lambda leaf: isinstance(leaf, Mean))

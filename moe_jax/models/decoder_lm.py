@@ -248,9 +248,11 @@ class Block(nnx.Module):
         normed = self.mlp_norm(x)
         report = None
         if isinstance(self.mlp, MoE):
-            y, report = self.mlp(normed, info, mode, mlp_key)
+            with jax.named_scope("moe"):
+                y, report = self.mlp(normed, info, mode, mlp_key)
         else:
-            y = self.mlp(normed, mlp_key)
+            with jax.named_scope("feed_forward"):
+                y = self.mlp(normed, mlp_key)
         x = constrain(x + dropout(y, self.dropout, out_key), "batch", "length", "width")
         if self.dense is not None and not self.dense_first:
             x = self.dense(x, dense_key)
@@ -267,6 +269,7 @@ class DenseSublayer(nnx.Module):
         )
         self.dropout = config.dropout
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """[B, L, d] to [B, L, d]; `key` None switches dropout off."""
         inner_key, out_key = (None,) * 2 if key is None else jax.random.split(key)
@@ -299,7 +302,8 @@ class Period(nnx.Module):
         for i, block in enumerate(self.blocks):
             block_key = None if key is None else jax.random.fold_in(key, i)
             cache = jax.tree.map(lambda a, i=i: a[i], caches)
-            x, cache, report = block(x, info, padded, mode, block_key, cache, view)
+            with jax.named_scope(f"block_{i}_of_{len(self.blocks)}"):
+                x, cache, report = block(x, info, padded, mode, block_key, cache, view)
             new_caches.append(cache)
         stacked = jax.tree.map(lambda *a: jnp.stack(a), *new_caches)
         return x, stacked, report
@@ -371,9 +375,10 @@ class DecoderLM(nnx.Module):
         x = dropout(constrain(x, "batch", "length", "width"), config.dropout, embed_key)
         reports, layers, start = [], [], 0
         for stage, (_, count) in zip(self.stages, config.stages, strict=True):
-            x, caches, report = self._run_stage(
-                stage, start, count, x, info, padded, mode, period_key, cache, view
-            )
+            with jax.named_scope(f"periods_{start}_to_{start + count}"):
+                x, caches, report = self._run_stage(
+                    stage, start, count, x, info, padded, mode, period_key, cache, view
+                )
             layers.append(caches)
             start += count
             if report is not None:

@@ -105,6 +105,12 @@ def mesh_in_force() -> Mesh | jax.sharding.AbstractMesh:
     return make_mesh(MeshConfig()) if mesh.empty else mesh
 
 
+def platform_in_force() -> str:
+    """`cpu`, `gpu` or `tpu`: of the mesh set, which need not be of this machine's devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def parse_mesh(text: str, config: MeshConfig) -> MeshConfig:
     """Reads a mesh written as on the command line: `data:2,expert:4`.
 

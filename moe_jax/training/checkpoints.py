@@ -30,6 +30,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from moe_jax.errors import UserError
+from moe_jax.parallel import multihost
 
 PyTree = Any
 
@@ -98,10 +99,8 @@ class Checkpoints:
         if step in self.steps() and _damage(self._folder(step)) is None:
             return
         try:
-            if jax.process_index() == 0:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                self._remove_debris(step)
-            _check_free_space(self._directory, state)
+            # The others write only into a directory that is there.
+            multihost.by_first_process(lambda: self._make_ready(step, state))
             self._write_payload(step, state)
             if jax.process_index() == 0:
                 self._on_stage(Stage.COMMITTED, step)
@@ -203,6 +202,11 @@ class Checkpoints:
         handler = _StagedHandler(lambda stage: self._on_stage(stage, step))
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(self._folder(step), args=_StagedSave(_named_leaves(state)))
+
+    def _make_ready(self, step: int, state: PyTree) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._remove_debris(step)
+        _check_free_space(self._directory, state)
 
     def _remove_debris(self, step: int) -> None:
         """Removes what interrupted saves left, and a damaged checkpoint of `step`."""

@@ -9,7 +9,10 @@ from etils import epath
 from moe_jax import configuration
 from moe_jax.data.pipelines import TextData
 from moe_jax.data.tokenizers import ByteTokenizer
+from moe_jax.dispatch.dropless import Dropless
+from moe_jax.dispatch.einsum import Einsum
 from moe_jax.dispatch.gather import Gather
+from moe_jax.dispatch.grouped_matmul.interface import GroupedMatmul
 from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoEConfig, number_of_groups
 from moe_jax.models.decoder_lm import DecoderLMConfig
@@ -137,7 +140,10 @@ COMPONENTS: tuple[type, ...] = (
     *ROUTERS,
     Losses,
     Capacity,
+    Dropless,
+    Einsum,
     Gather,
+    GroupedMatmul,
     LanguageModeling,
     MaskedLanguageModeling,
     TextData,

@@ -1,4 +1,8 @@
-"""A run from its config: create or resume, train, evaluate, log, checkpoint, report."""
+"""A run from its config: create or resume, train, evaluate, log, checkpoint, report.
+
+With several processes, which must share the run's folder, every process calls every function here.
+Process 0 alone reads what decides how to go on, and writes everything but the checkpoints' arrays.
+"""
 
 import dataclasses
 import functools
@@ -15,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -23,7 +28,8 @@ from moe_jax.analysis import figures
 from moe_jax.data.pipelines import TextPipeline
 from moe_jax.errors import UserError
 from moe_jax.models.definition import ModelDefinition
-from moe_jax.parallel.mesh import TOKEN_AXES, force_host_devices, make_mesh
+from moe_jax.parallel import multihost
+from moe_jax.parallel.mesh import AXES, TOKEN_AXES, force_host_devices, make_mesh
 from moe_jax.training import experiment, metrics, provenance
 from moe_jax.training.checkpoints import Checkpoints, Stage
 from moe_jax.training.experiment import Experiment
@@ -34,7 +40,7 @@ from moe_jax.training.state import (
     state_shapes,
     state_shardings,
 )
-from moe_jax.training.step import evaluation_step, train_step
+from moe_jax.training.step import Batch, evaluation_step, train_step
 
 _LOG = logging.getLogger(__name__)
 
@@ -77,6 +83,8 @@ class Run:
         experiment.check_can_be_rebuilt(config)
         force_host_devices(config.mesh.host_devices)
         mesh = make_mesh(config.mesh)
+        multihost.check_mesh(mesh)
+        multihost.only_first_informs()
         definition = ModelDefinition.of(config.model)
         optimizer = config.optimizer.build(config.steps, definition.axes)
         shapes = state_shapes(definition, optimizer)
@@ -126,7 +134,7 @@ class Evaluator:
         self._run, self._domains = run, data.domains
         self._batches = data.held_out_batches(split, batches)
         step = evaluation_step(run.definition, run.config.task, len(data.domains))
-        self._step = jax.jit(step)
+        self._step = jax.jit(step, out_shardings=_whole(run.mesh))
 
     def __call__(self, parameters: Any, variables: Any) -> metrics.Record:
         """`eval/loss` in nats per token over all held-out tokens, and `eval/loss/<domain>`."""
@@ -164,26 +172,19 @@ def train(
       Interrupted: SIGTERM or SIGINT came; the state was saved.
     """
     run = Run.build(config)
+    multihost.check_same("config", json.dumps(configuration.encode(config)))
     workdir = epath.Path(workdir)
     data = TextPipeline(config.data, config.seed)
+    multihost.check_same(f"text in dataset {config.data.dataset}", data.train.sha256)
     evaluate = Evaluator(run, data, config.data.held_out_split, config.evaluation.batches)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, on_stage)
     with jax.set_mesh(run.mesh):
-        if (workdir / experiment.CONFIG_FILE).exists():
-            experiment.check_continues(workdir, config, data.train.sha256)
-        elif checkpoints.steps():
-            raise UserError(
-                f"workdir {workdir} has checkpoints but no {experiment.CONFIG_FILE}, so it cannot be "
-                "continued; bring the file back or use a new --workdir."
-            )
-        step = checkpoints.newest_good() or 0
-        if step > config.steps:
-            raise UserError(
-                f"steps is {config.steps}, but the run in {workdir} has done {step} already; ask "
-                "for more, or use a new --workdir."
-            )
+        step = multihost.by_first_process(
+            lambda: _step_to_start_from(config, workdir, data.train.sha256, checkpoints)
+        )
         state = run.restore(checkpoints, step) if step else run.initial_state()
-        _write_config(run, workdir, data)
+        if _first_process():
+            _write_config(run, workdir, data)
         _LOG.info(
             "%s %s on %s; mesh %s; %s",
             "Continuing from step" if step else "Starting at step",
@@ -196,21 +197,61 @@ def train(
             _Loop(run, data, evaluate, checkpoints, workdir).go(state, step)
         else:
             _evaluate_finished(state, step, evaluate, workdir)
-    records = metrics.read(workdir)
-    figures.save_run_report(records, config.model.moe_layers, str(workdir), workdir / "report.png")
-    return records
+    if _first_process():
+        figures.save_run_report(
+            metrics.read(workdir), config.model.moe_layers, str(workdir), workdir / "report.png"
+        )
+    # Process 0 may draw for longer than its absence at the exit would be put up with.
+    multihost_utils.sync_global_devices("report written")
+    return metrics.read(workdir)
+
+
+def _step_to_start_from(
+    config: Experiment, workdir: epath.Path, text_sha256: str, checkpoints: Checkpoints
+) -> int:
+    """The step of the newest good checkpoint, 0 in a new folder."""
+    if (workdir / experiment.CONFIG_FILE).exists():
+        experiment.check_continues(workdir, config, text_sha256)
+    elif checkpoints.steps():
+        raise UserError(
+            f"workdir {workdir} has checkpoints but no {experiment.CONFIG_FILE}, so it cannot be "
+            "continued; bring the file back or use a new --workdir."
+        )
+    step = checkpoints.newest_good() or 0
+    if step > config.steps:
+        raise UserError(
+            f"steps is {config.steps}, but the run in {workdir} has done {step} already; ask "
+            "for more, or use a new --workdir."
+        )
+    return step
 
 
 def _evaluate_finished(
     state: TrainState, step: int, evaluate: Evaluator, workdir: epath.Path
 ) -> None:
     """Adds the final evaluation where --steps names the step at which a run was stopped."""
-    last = metrics.read(workdir)[-1:]
-    record = last[0] if last and last[0]["step"] == step else {"step": step}
-    if "eval/loss" not in record:
+
+    def last_record() -> metrics.Record:
+        last = metrics.read(workdir)[-1:]
+        return last[0] if last and last[0]["step"] == step else {"step": step}
+
+    if not multihost.by_first_process(lambda: "eval/loss" not in last_record()):
+        return
+    losses = evaluate(state.parameters, state.variables)
+    if _first_process():
+        record = last_record()
         writer = metrics.MetricsWriter(workdir, step - 1)
-        writer.write({**record, **evaluate(state.parameters, state.variables)})
+        writer.write({**record, **losses})
         writer.close()
+
+
+def _first_process() -> bool:
+    return jax.process_index() == 0
+
+
+def _whole(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device: only then can each process read it."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def _write_config(run: Run, workdir: epath.Path, data: TextPipeline) -> None:
@@ -244,10 +285,18 @@ class _Loop:
         self.run, self.data, self.evaluate = run, data, evaluate
         self.checkpoints, self.workdir = checkpoints, workdir
         config = run.config
-        step = train_step(
+        one_step = train_step(
             run.definition, config.task, run.optimizer, config.seed, config.skip_nonfinite
         )
-        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(run.shardings, None))
+
+        def step(state: TrainState, batch: Batch, signals: jax.Array) -> tuple[TrainState, Any]:
+            state, step_metrics = one_step(state, batch)
+            return state, {**step_metrics, "signal": signals.max()}
+
+        self.train_step = jax.jit(
+            step, donate_argnums=0, out_shardings=(run.shardings, _whole(run.mesh))
+        )
+        self.signals = functools.cache(functools.partial(_signals, run.mesh))
         self.last_good = 0
         self.checked = 0
 
@@ -255,40 +304,44 @@ class _Loop:
         """Steps `start` + 1 to the last one."""
         config = self.run.config
         self.last_good = self.checked = start
-        writer = metrics.MetricsWriter(self.workdir, start)
+        writer = metrics.MetricsWriter(self.workdir, start) if _first_process() else None
         clock = _Clock(config.data.batch_size * config.data.sequence_length)
         previous: dict[str, Any] | None = None
         try:
-            with _progress(start, config.steps) as bar, _stop_signal() as stop:
+            with _progress(start, config.steps) as bar, _stop_signal() as received:
                 for step in range(start + 1, config.steps + 1):
                     batch = self._batch(step)
                     clock.before_call()
-                    state, step_metrics = self.train_step(state, batch)
+                    signals = self.signals(received[0] if received else 0)
+                    state, step_metrics = self.train_step(state, batch, signals)
                     clock.after_call()
                     # Looked at one step late, so that the next step is already on its way.
                     self._check_finite(step - 1, previous)
+                    signal_number = 0 if previous is None else int(previous["signal"])
                     previous = step_metrics
                     if self._due(step):
                         self._check_finite(step, step_metrics)
-                        record = self._record(step, step_metrics, clock)
+                        record = self._record(step, step_metrics, clock) if writer else {}
                         if self._evaluation_due(step):
-                            record.update(self.evaluate(state.parameters, state.variables))
-                        writer.write(record)
+                            record |= self.evaluate(state.parameters, state.variables)
+                        if writer:
+                            writer.write(record)
+                            _show(bar, record)
                         clock.restart()
-                        _show(bar, record)
                     if step % config.checkpoint.every == 0 or step == config.steps:
                         self._save(step, state, step_metrics)
                         clock.restart()
                     bar.update()
-                    if stop and step < config.steps:
+                    if signal_number and step < config.steps:
                         self._save(step, state, step_metrics)
                         raise Interrupted(
                             f"stopped at step {step} of {config.steps} and saved; run the same "
                             f"command again to continue ({self.workdir})",
-                            stop[0],
+                            signal_number,
                         )
         finally:
-            writer.close()
+            if writer:
+                writer.close()
 
     def _batch(self, step: int) -> dict[str, Any]:
         batch_size = self.run.config.data.batch_size
@@ -374,11 +427,34 @@ class _Clock:
         }
 
 
+def _signals(mesh: Mesh, number: int) -> jax.Array:
+    """[devices] int32: the signal that the process of each device has received, 0 for none.
+
+    A step returns the largest, so that all processes learn of it from the same step, at the cost of
+    one all-reduce of an integer and no waiting.
+
+    Args:
+      mesh: of the run.
+      number: for the devices of this process; other processes give theirs.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+    return jax.make_array_from_callback(
+        (mesh.size,), sharding, lambda _: np.array([number], np.int32)
+    )
+
+
 @contextmanager
 def _progress(start: int, steps: int) -> Iterator[tqdm]:
     # Off a terminal a line every 10 s is enough.
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(initial=start, total=steps, unit="step", mininterval=interval, leave=True) as bar:
+    with tqdm(
+        initial=start,
+        total=steps,
+        unit="step",
+        mininterval=interval,
+        leave=True,
+        disable=not _first_process(),
+    ) as bar:
         yield bar
 
 

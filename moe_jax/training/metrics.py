@@ -75,7 +75,7 @@ def training_record(metrics: Mapping[str, Any], moe_layers: list[int]) -> Record
     """Flattens a step's metrics.
 
     Args:
-      metrics: of `train_step`, on the host; `router` is a list of MoEReports, each with a leading
+      metrics: of a step of the loop, on the host; `router` is a list of MoEReports, each with a leading
         axis over MoE layers, empty for a dense model.
       moe_layers: index of the block of each MoE layer.
 
@@ -85,7 +85,7 @@ def training_record(metrics: Mapping[str, Any], moe_layers: list[int]) -> Record
     record: Record = {
         f"train/{name}": float(value)
         for name, value in metrics.items()
-        if name not in ("router", "finite")
+        if name not in ("router", "finite", "signal")
     }
     for layer, values in zip(moe_layers, _by_layer(metrics["router"]), strict=True):
         for name, value in values.items():

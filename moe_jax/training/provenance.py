@@ -28,9 +28,10 @@ def record() -> dict[str, Any]:
 
 
 def devices() -> str:
-    """The devices in words, such as '8 x cpu (cpu)'."""
+    """The devices in words, such as '8 x cpu (cpu)' or '8 x cpu (cpu) of 2 processes'."""
     first = jax.devices()[0]
-    return f"{jax.device_count()} x {first.device_kind} ({first.platform})"
+    words = f"{jax.device_count()} x {first.device_kind} ({first.platform})"
+    return words if jax.process_count() == 1 else f"{words} of {jax.process_count()} processes"
 
 
 def commit() -> str | None:

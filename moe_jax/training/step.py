@@ -36,16 +36,20 @@ def train_step(
 
         def loss(parameters: Any) -> tuple[jax.Array, tuple[dict[str, Any], Any]]:
             model = definition.merge(parameters, state.variables)
-            value, metrics = task.training_loss(model, batch, key)
+            with jax.named_scope("loss"):
+                value, metrics = task.training_loss(model, batch, key)
             return value, (metrics, numbers_of(model)[1])
 
         (_, (metrics, variables)), gradients = jax.value_and_grad(loss, has_aux=True)(
             state.parameters
         )
-        gradient_norm = optax.tree_utils.tree_norm(gradients)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
+        with jax.named_scope("optimizer"):
+            gradient_norm = optax.tree_utils.tree_norm(gradients)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
+            updates, optimizer_state = optimizer.update(
+                gradients, state.optimizer, state.parameters
+            )
+            parameters = optax.apply_updates(state.parameters, updates)
         if skip_nonfinite:
             parameters, variables, optimizer_state = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),

@@ -1,0 +1,165 @@
+"""Tables of the benchmark, in Markdown.
+
+Axis letters: T tokens, K choices per token, N = T * K assignments, E experts.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from moe_jax.analysis.benchmark.cases import Pass, Skew
+from moe_jax.analysis.benchmark.measurement import PARTS
+from moe_jax.analysis.benchmark.rows import Row, key_of, name_of
+from moe_jax.analysis.benchmark.variants import DENSE, VARIANTS
+
+# Bands of N / E: from, and below.
+BANDS = {"N/E >= 200": (200, np.inf), "N/E 40 to 200": (40, 200), "N/E < 40": (0, 40)}
+ENOUGH_ROWS = BANDS["N/E >= 200"][0]
+# What the project wants on CPUs, forward and backward: (what, variant, skew, largest ratio to the
+# balanced floor), and experts -> how many times faster than lax.ragged_dot dropless is to be.
+RATIO_GOALS = (
+    ("gather at capacity factor 1.0, uniform", "gather_cf1.0", Skew.UNIFORM, 1.12),
+    ("dropless, uniform", "dropless", Skew.UNIFORM, 1.25),
+    ("dropless, Zipf 1.5", "dropless", Skew.ZIPF, 1.6),
+)
+SPEED_GOALS = {8: 8.0, 64: 30.0}
+
+
+def layers_page(rows: Sequence[Row]) -> str:
+    """Medians over shapes, goals, parts, memory, every case, and what was left out."""
+    measured = [row for row in rows if "ratio_to_balanced" in row]
+    backward = [row for row in measured if row["mode"] == Pass.FORWARD_BACKWARD]
+    sections = [
+        ("Time relative to the balanced floor, median over shapes", _medians(measured)),
+        ("Goals, forward and backward", _goals(backward)),
+        ("Shares of the layer's time", _parts([row for row in rows if "part" in row])),
+        (
+            "Temporary memory in MB, forward and backward",
+            _by_case([row for row in backward if row["skew"] == Skew.UNIFORM], _megabytes),
+        ),
+        ("Time relative to the balanced floor", _by_case(measured, _ratio)),
+        (
+            "Left out",
+            _left_out((name_of(row), row["left_out"]) for row in rows if "left_out" in row),
+        ),
+    ]
+    return "\n".join(f"**{title}**\n\n{text}" for title, text in sections if text)
+
+
+def products_page(rows: Sequence[Row]) -> str:
+    """One line per product and operation, one column per backend, in TFLOP/s."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if "left_out" not in row:
+            name = f"{row['model']}, {row['skew']}, {row['operation']}"
+            cell = f"{row['teraflops_per_second']:.3g} ({row['share_of_best']:.2f})"
+            if row["relative_error"] > 0.01:  # bfloat16 results are within 0.4%.
+                cell += f", error {row['relative_error']:.1%}"
+            lines.setdefault(name, {})[row["backend"]] = cell
+    backends = dict.fromkeys(backend for cells in lines.values() for backend in cells)
+    text = "**TFLOP/s, and the best backend's time by this one's**\n\n"
+    text += _table("product", list(backends), lines)
+    left_out = _left_out((row["backend"], row["left_out"]) for row in rows if "left_out" in row)
+    return f"{text}\n**Left out**\n\n{left_out}" if left_out else text
+
+
+def _medians(rows: Sequence[Row]) -> str:
+    lines = {}
+    for skew in Skew:
+        for which in Pass:
+            for band, (least, below) in BANDS.items():
+                own = [
+                    row
+                    for row in rows
+                    if (row["skew"], row["mode"]) == (skew, which)
+                    and least <= _rows_per_expert(row) < below
+                ]
+                lines[f"{skew}, {which}, {band}"] = {
+                    name: f"{np.median([r['ratio_to_balanced'] for r in own if r['variant'] == name]):.2f}"
+                    for name in dict.fromkeys(row["variant"] for row in own)
+                }
+    return _layers_table("routing", lines)
+
+
+def _by_case(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        case = name_of({name: value for name, value in row.items() if name != "variant"})
+        lines.setdefault(case, {})[row["variant"]] = cell(row)
+    return _layers_table("case", lines)
+
+
+def _ratio(row: Row) -> str:
+    return f"{row['ratio_to_balanced']:.2f}"
+
+
+def _megabytes(row: Row) -> str:
+    return f"{row['temp_bytes'] / 1e6:.0f}"
+
+
+def _rows_per_expert(row: Row) -> float:
+    return row["tokens"] * row["k"] / row["experts"]
+
+
+def _goals(rows: Sequence[Row]) -> str:
+    """Each goal of which something was measured."""
+    lines = {}
+    for what, variant, skew, goal in RATIO_GOALS:
+        ratios = [
+            row["ratio_to_balanced"]
+            for row in rows
+            if (row["variant"], row["skew"]) == (variant, skew)
+            and _rows_per_expert(row) >= ENOUGH_ROWS
+        ]
+        if ratios:
+            ratio = np.median(ratios)
+            verdict = "reached" if ratio <= goal else "missed"
+            lines[f"{what}, N/E >= {ENOUGH_ROWS}: time / balanced"] = {
+                "goal": f"<= {goal}", "measured": f"{ratio:.2f}", "": verdict
+            }  # fmt: skip
+    for experts, goal in SPEED_GOALS.items():
+        speed_ups = speed_ups_over_ragged_dot(rows, experts)
+        if speed_ups:
+            speed_up = np.median(speed_ups)
+            verdict = "reached" if speed_up >= goal else "missed"
+            lines[f"lax.ragged_dot's time / dropless's, {experts} experts"] = {
+                "goal": f">= {goal:g}", "measured": f"{speed_up:.1f}", "": verdict
+            }  # fmt: skip
+    return _table("", ["goal", "measured", ""], lines)
+
+
+def speed_ups_over_ragged_dot(rows: Sequence[Row], experts: int) -> list[float]:
+    """ragged_dot's ratio by dropless's, in every case with E = `experts` that has both."""
+    ratios = {key_of(row): row["ratio_to_balanced"] for row in rows if row["experts"] == experts}
+    return [
+        ratio / ratios[(part, "dropless", *case)]
+        for (part, variant, *case), ratio in ratios.items()
+        if variant == "ragged_dot" and (part, "dropless", *case) in ratios
+    ]
+
+
+def _parts(rows: Sequence[Row]) -> str:
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault(name_of(row), {})[row["part"]] = f"{row['share']:.1%}"
+    return _table("layer", PARTS, lines)
+
+
+def _left_out(reasons: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"- {name}: {reason}\n" for name, reason in dict.fromkeys(reasons))
+
+
+def _layers_table(first: str, lines: Mapping[str, Mapping[str, str]]) -> str:
+    present = {name for cells in lines.values() for name in cells}
+    return _table(first, [name for name in (DENSE, *VARIANTS) if name in present], lines)
+
+
+def _table(first: str, columns: Sequence[str], lines: Mapping[str, Mapping[str, str]]) -> str:
+    """Markdown; nothing of lines without cells, and nothing at all if there are none with."""
+    filled = {name: cells for name, cells in lines.items() if cells}
+    if not filled:
+        return ""
+    text = f"| {first} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n"
+    for name, cells in filled.items():
+        text += f"| {name} | {' | '.join(cells.get(column, '') for column in columns)} |\n"
+    return text

@@ -1,0 +1,1 @@
+"""Lower bounds for the time of a MoE layer: the same matrix products without any routing."""

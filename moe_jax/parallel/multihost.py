@@ -1,0 +1,178 @@
+"""Runs of several processes: how they find each other, agree, and notice that one is gone.
+
+Every process runs the same command and gets its own devices; the mesh is made of the devices of all
+(`mesh.host_devices` counts those of one process). On CPU they talk through gloo, JAX's default.
+
+Whoever decides something from a file or a clock may decide differently on each process, and then
+they wait for each other for ever. So what is read from files is decided by process 0
+(`by_first_process`), what the user gave is compared (`check_same`), and signals travel with the
+metrics of a step (`moe_jax.training.loop`).
+
+A process that dies is missed by JAX's coordination service, which process 0 hosts: when process 0
+dies the others end at once, when another dies all end after `PATIENCE_SECONDS` without its
+heartbeat. One that ends with an error of its own waits that long for the others at the exit, then
+the service ends all of them. To end is JAX's doing: an abort (status 134) whose message says
+"another task died". The same command on every process then continues from the newest checkpoint.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from moe_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+
+# How long a silent process, or one late at the exit, is waited for; JAX's default for heartbeats.
+# For the exit it would wait 300 s.
+PATIENCE_SECONDS = 100
+
+
+def join(
+    detect: bool = False,
+    coordinator: str | None = None,
+    process_count: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Makes this process one of several; does nothing if no argument is given.
+
+    Call it before anything that starts JAX's backend. JAX itself ends a process that has waited 300
+    seconds for the others.
+
+    Args:
+      detect: let JAX find out the rest, on Cloud TPU, Kubernetes (GKE), Slurm and Open MPI.
+      coordinator: host:port of process 0, on which it listens.
+      process_count: of all processes.
+      process_id: of this one, from 0.
+
+    Raises:
+      UserError: the arguments name no place among processes, or JAX cannot start with them.
+    """
+    explicit = {
+        "coordinator": coordinator,
+        "process_count": process_count,
+        "process_id": process_id,
+    }
+    given = [name for name, value in explicit.items() if value is not None]
+    if not given and not detect:
+        return
+    if detect and given:
+        raise UserError(
+            f"--distributed and --{given[0]} are both given; the first lets JAX detect what the "
+            "second says, so give one of them."
+        )
+    if given:
+        _check_place(coordinator, process_count, process_id)
+        # JAX waits in silence.
+        _LOG.info("process %s of %s joins the others at %s", process_id, process_count, coordinator)
+    # Signals are the training loop's: JAX's service would catch SIGTERM before Python sees it.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            process_count,
+            process_id,
+            # What the user gave is not to be mixed with what a cluster's variables say.
+            cluster_detection_method="deactivate" if given else None,
+            heartbeat_timeout_seconds=PATIENCE_SECONDS,
+            shutdown_timeout_seconds=PATIENCE_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        flag = f"coordinator={coordinator}" if given else "distributed"
+        raise UserError(
+            f"--{flag} does not work here ({reason}); give --coordinator, --process_count and "
+            "--process_id so that process 0 can listen there."
+        ) from error
+
+
+def _check_place(
+    coordinator: str | None, process_count: int | None, process_id: int | None
+) -> None:
+    if coordinator is None or process_count is None or process_id is None:
+        raise UserError(
+            f"--coordinator is {coordinator}, --process_count {process_count} and --process_id "
+            f"{process_id}; these three go together, so give all."
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator is {coordinator!r}; write it as host:port.")
+    if not 0 <= process_id < process_count:
+        raise UserError(
+            f"--process_id is {process_id}; it must be at least 0 and below "
+            f"--process_count={process_count}."
+        )
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Checks that the mesh has devices of every process.
+
+    Raises:
+      UserError: a process would have nothing to do, and JAX waits for it for ever.
+    """
+    used = {device.process_index for device in mesh.devices.flat}
+    if len(used) < jax.process_count():
+        unused = min(set(range(jax.process_count())) - used)
+        raise UserError(
+            f"the mesh has {mesh.size} of the {jax.device_count()} devices of "
+            f"{jax.process_count()} processes, which leaves process {unused} without any; enlarge "
+            "the mesh, start fewer processes, or on CPU lower mesh.host_devices, which counts the "
+            "devices of one process."
+        )
+
+
+def check_same(what: str, text: str) -> None:
+    """Checks that all processes have the same text; every process must call it.
+
+    Args:
+      what: its name in the error, such as "config".
+      text: compared by its sha256.
+
+    Raises:
+      UserError: on every process, if one differs from process 0.
+    """
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest[None], tiled=True)
+    differing = np.flatnonzero((digests != digests[0]).any(axis=1))
+    if differing.size:
+        raise UserError(
+            f"process {differing[0]} has another {what} than process 0; give every process the same "
+            "flags and files."
+        )
+
+
+def by_first_process(action: Callable[[], int | None]) -> int:
+    """What `action` returns on process 0, which alone calls it; every process must call this.
+
+    Args:
+      action: reads or writes files; gives an int32, or None for 0.
+
+    Raises:
+      Exception: on process 0, what `action` raises.
+      UserError: on the others, if it does.
+    """
+    failure: Exception | None = None
+    result = 0
+    if jax.process_index() == 0:
+        try:
+            result = action() or 0
+        except Exception as error:  # Whatever it is, the others wait for a word.
+            failure = error
+    outcome = np.array([failure is not None, result], np.int32)
+    failed, result = multihost_utils.broadcast_one_to_all(outcome).tolist()
+    if failure is not None:
+        raise failure
+    if failed:
+        raise UserError("process 0 cannot go on, and its last line says why.")
+    return result
+
+
+def only_first_informs() -> None:
+    """Leaves INFO lines of this package to process 0; warnings come from every process."""
+    if jax.process_index():
+        logging.getLogger("moe_jax").setLevel(logging.WARNING)

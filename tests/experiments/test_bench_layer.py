@@ -1,0 +1,383 @@
+"""The benchmark of the layer: what it measures, what its rows say, and the script."""
+
+import dataclasses
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.analysis import figures
+from moe_jax.analysis.benchmark import cases, measurement, plan, products, report, rows, timing
+from moe_jax.analysis.benchmark.cases import Pass, Shape, Skew
+from moe_jax.analysis.benchmark.timing import NO_LIMITS, Limits, Schedule
+from moe_jax.analysis.benchmark.variants import VARIANTS
+from moe_jax.dispatch.grouped_matmul.interface import Backend
+from moe_jax.errors import UserError
+from tests.scripts import ROOT, script
+
+ONCE = Schedule(rounds=1, least_rounds=1, seconds=0)
+TINY = Shape(tokens=64, width=8, experts=4, k=2)
+KEYS = {
+    "variant", "tokens", "width", "experts", "k", "skew", "mode", "ratio_to_dense",
+    "ratio_to_balanced", "temp_bytes",
+}  # fmt: skip
+
+
+def first_choices(shape, skew):
+    """[T] experts that the router's logits put first, as counts by expert."""
+    weights = cases.parameters(shape, jax.random.key(0))["router"]["weights"]
+    x = cases.tokens(shape, skew, weights, jax.random.key(1))
+    assert x.shape == (shape.tokens, shape.width)
+    return np.bincount(np.argmax(x @ weights, axis=1), minlength=shape.experts)
+
+
+def test_the_router_sends_tokens_by_popularity():
+    shape = Shape(tokens=4000, width=64, experts=8, k=2)
+    counts = first_choices(shape, Skew.ZIPF)
+    share = np.arange(1, 9) ** -1.5
+    np.testing.assert_allclose(counts / 4000, share / share.sum(), atol=0.03)
+    counts = first_choices(shape, Skew.ONE_HOT)
+    assert counts[0] == 4000
+    # Random columns that are alike prefer some experts, but none by much.
+    counts = first_choices(shape, Skew.UNIFORM)
+    assert counts.min() > 0.6 * counts.mean() and counts.max() < 1.5 * counts.mean()
+
+
+# einsum_g2048 needs that many tokens; all variants with the same parameters and tokens.
+LARGE = Shape(tokens=2048, width=8, experts=4, k=2)
+
+
+def by_loop(parameters, x, slots, group_size):
+    """Top-2 with softmax gates over the experts, served left to right within groups; and drops."""
+    logits = np.asarray(x @ parameters["router"]["weights"], np.float64)
+    gates = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    y, dropped = np.zeros_like(x), 0
+    for group in range(0, len(x), group_size):
+        taken = dict.fromkeys(range(LARGE.experts), 0)
+        for t in range(group, group + group_size):
+            for e in np.argsort(-logits[t], kind="stable")[:2]:
+                if taken[e] == slots:
+                    dropped += 1
+                    continue
+                taken[e] += 1
+                hidden = np.maximum(x[t] @ parameters["w_in"][e], 0)
+                y[t] += gates[t, e] * (hidden @ parameters["w_out"][e])
+    return y, dropped / (2 * len(x))
+
+
+@pytest.mark.parametrize(
+    ("variant", "slots", "group_size"),
+    [
+        ("gather_cf1.0", 1024, 2048),
+        ("gather_cf1.25", 1280, 2048),
+        ("gather_cf2.0", 2048, 2048),
+        ("dropless", 2048, 2048),
+        ("einsum_g256", 160, 256),
+        ("einsum_g2048", 1280, 2048),
+        ("ragged_dot", 2048, 2048),
+        ("all_experts", 2048, 2048),
+    ],
+)
+def test_variants_are_what_their_names_say(variant, slots, group_size):
+    parameters = cases.parameters(LARGE, jax.random.key(0))
+    x = cases.tokens(LARGE, Skew.ZIPF, parameters["router"]["weights"], jax.random.key(1))
+    y, statistics = jax.jit(VARIANTS[variant](LARGE))(parameters, x)
+    want, dropped = by_loop(jax.device_get(parameters), np.asarray(x), slots, group_size)
+    np.testing.assert_allclose(y, want, atol=1e-4)
+    assert float(statistics["dropped"]) == pytest.approx(dropped, abs=1e-6)
+
+
+def test_every_variant_is_checked_above():
+    (mark,) = test_variants_are_what_their_names_say.pytestmark
+    assert [variant for variant, *_ in mark.args[1]] == list(VARIANTS)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Rows of a tiny case, where ragged_dot takes more than it may."""
+    names = {
+        Skew.UNIFORM: ["gather_cf1.0", "ragged_dot"],
+        Skew.ONE_HOT: ["gather_cf1.0"],
+    }
+    # The product of all rows with all experts; the others take a quarter of it.
+    flops = 3 * 4 * 2 * 2 * TINY.assignments * TINY.width * TINY.mlp_width
+    limits = dataclasses.replace(NO_LIMITS, flops=flops * 0.9)
+    found = list(measurement.measure(TINY, Pass.FORWARD_BACKWARD, names, limits, ONCE))
+    assert json.loads(rows.as_json(found)) == found
+    return found
+
+
+def test_rows_have_the_keys_and_the_floors(measured):
+    figures_of = [row for row in measured if "left_out" not in row]
+    assert [(row["skew"], row["variant"]) for row in figures_of] == [
+        (skew, variant)
+        for skew in ("uniform", "one_hot")
+        for variant in ("dense", "balanced", "gather_cf1.0")
+    ]
+    for row in figures_of:
+        assert row.keys() >= KEYS
+        assert row["mode"] == "forward_backward" and row["k"] == 2 and row["width"] == 8
+        assert row["temp_bytes"] > 0 and row["milliseconds"] > 0 and row["rounds"] == 1
+    for dense, balanced, gather in (figures_of[:3], figures_of[3:]):
+        assert dense["ratio_to_dense"] == balanced["ratio_to_balanced"] == 1
+        # Of one round, so all ratios are of the same times.
+        for row, floor in ((dense, balanced), (gather, balanced), (gather, dense)):
+            ratio = row["milliseconds"] / floor["milliseconds"]
+            assert row[f"ratio_to_{floor['variant']}"] == pytest.approx(ratio)
+    uniform, one_hot = (row for row in figures_of if row["variant"] == "gather_cf1.0")
+    assert uniform["max_over_mean_load"] < one_hot["max_over_mean_load"] == 2
+    assert one_hot["dropped"] > uniform["dropped"]
+
+
+def test_what_takes_too_much_is_left_out_with_the_reason(measured):
+    (row,) = (row for row in measured if "left_out" in row)
+    assert row["variant"] == "ragged_dot" and row["skew"] == "uniform"
+    assert "TFLOP a call, the limit is" in row["left_out"]
+    lowered = jax.jit(lambda x: x @ x).lower(jnp.ones((64, 64)))
+    with pytest.raises(timing.TooExpensive, match="GB of memory, the limit is"):
+        Limits(bytes=1000, flops=1e12).compile(lowered)
+    assert Limits.of_this_machine(1).bytes > 1e8
+
+
+def test_gradients_of_everything_are_kept():
+    """Or else the compiler would leave out work."""
+    weights, x = {"a": jnp.ones((8, 6)), "b": jnp.ones((8, 6))}, jnp.ones((64, 8))
+
+    def layer(weights, x):
+        return x @ (weights["a"] * weights["b"]), {"largest": x.max()}
+
+    program = timing.Program.of(layer, Pass.FORWARD_BACKWARD, weights, x)
+    y, statistics, (of_weights, of_x) = program(weights, x)
+    assert y.shape == (64, 6) and statistics["largest"] == 1 and program.temp_bytes >= 0
+    np.testing.assert_allclose(
+        of_x, program.cotangent.sum(axis=1)[:, None] * jnp.ones(8), atol=1e-5
+    )
+    for name in "ab":
+        want = np.tile(program.cotangent.sum(axis=0), (8, 1))
+        np.testing.assert_allclose(of_weights[name], want, atol=1e-5)
+
+
+def test_rounds_interleave_and_slow_programs_leave_early():
+    log = []
+
+    def call(name, seconds):
+        log.append(name)
+        time.sleep(seconds)
+
+    calls = {"fast": lambda: call("fast", 0), "slow": lambda: call("slow", 0.03)}
+    times = timing.interleaved(calls, Schedule(rounds=5, least_rounds=2, seconds=0.02))
+    assert log.count("fast") == 5 and log.count("slow") == 2
+    assert all(set(log[i : i + 2]) == {"fast", "slow"} for i in (0, 2))
+    assert np.isnan(times["slow"][2:]).all() and (times["slow"][:2] > 0.03).all()
+    ratios = timing.ratio_quartiles(np.array([2.0, 9.0, np.nan]), np.array([1.0, 3.0, 1.0]))
+    assert ratios == [2.25, 2.5, 2.75]
+
+
+def test_parts_add_up_to_the_layer():
+    found = list(measurement.measure_parts(TINY, Pass.FORWARD, ["gather_cf1.0"], ONCE))
+    assert [row["part"] for row in found] == list(measurement.PARTS)
+    assert sum(row["share"] for row in found) == pytest.approx(1)
+    assert all(row["variant"] == "gather_cf1.0" and row["tokens"] == 64 for row in found)
+
+
+def test_an_interrupted_grid_goes_on(tmp_path):
+    log = tmp_path / "rows.jsonl"
+    assert rows.read(log) == []
+    small = dataclasses.replace(
+        plan.QUICK, grid=[TINY], names={Skew.UNIFORM: ["gather_cf1.0", "dropless"]}
+    )
+    everything = [(TINY, which, {Skew.UNIFORM: ["gather_cf1.0", "dropless"]}) for which in Pass]
+    assert plan.missing_layers(small, set()) == everything
+    case = rows.case_of(TINY, Skew.UNIFORM, Pass.FORWARD)
+    done = [{"variant": "gather_cf1.0", **case}, {"variant": "dropless", **case, "left_out": "a"}]
+    log.write_text("".join(map(rows.as_line, done)) + '{"variant": "gath')
+    assert rows.read(log) == done
+    keys = {rows.key_of(row) for row in done}
+    assert plan.missing_layers(small, keys) == everything[1:]
+    keys = {rows.key_of(done[0])}
+    expected = [(TINY, Pass.FORWARD, {Skew.UNIFORM: ["dropless"]}), everything[1]]
+    assert plan.missing_layers(small, keys) == expected
+
+
+def test_the_grids_are_the_ones_promised():
+    grid = {(s.tokens, s.width, s.experts, s.k) for s in plan.FULL.grid}
+    assert len(grid) == len(plan.FULL.grid) == 48
+    assert grid == {
+        (t, d, e, k)
+        for t in (2048, 8192)
+        for d in (256, 512)
+        for e in (8, 32, 64, 128)
+        for k in (1, 2, 8)
+    }
+    assert all(shape.assignments % shape.experts == 0 for shape in plan.FULL.grid)
+    assert list(map(str, plan.FULL.names)) == ["uniform", "zipf1.5", "one_hot"]
+    assert list(map(str, Pass)) == ["forward", "forward_backward"]
+    assert len(plan.QUICK.grid) == 4 and set(plan.QUICK.grid) <= set(plan.FULL.grid)
+    assert all(shape.rows_per_expert >= 200 for shape in plan.QUICK.grid)
+    assert all(shape.width == 512 for shape, _ in (*plan.QUICK.parts, *plan.FULL.parts))
+
+
+def made_up(variant, ratio, experts=8, skew="uniform", **others):
+    return {
+        "variant": variant, "tokens": 2048, "width": 256, "experts": experts, "k": 2, "skew": skew,
+        "mode": "forward_backward", "ratio_to_balanced": ratio, "temp_bytes": 5_000_000, **others,
+    }  # fmt: skip
+
+
+def test_tables_and_goals():
+    found = [
+        made_up("dense", 0.9),
+        made_up("balanced", 1.0),
+        made_up("gather_cf1.0", 1.11),
+        made_up("dropless", 1.2),
+        made_up("dropless", 1.4, width=512),
+        made_up("ragged_dot", 12.0),
+        made_up("dropless", 1.7, skew="zipf1.5"),
+        made_up("dropless", 9.0, experts=64),  # Too few rows per expert for the goal.
+        {**made_up("all_experts", 0), "left_out": "takes 9 TFLOP"},
+        {**made_up("dropless", 0), "part": "router", "share": 0.125},
+    ]
+    del found[-1]["ratio_to_balanced"], found[-2]["ratio_to_balanced"]
+    text = report.layers_page(found)
+    assert "| uniform, forward_backward, N/E >= 200 | 0.90 | 1.11 | 1.30 | 12.00 |" in text
+    assert "| gather at capacity factor 1.0, uniform, N/E >= 200: time / balanced | <= 1.12 | 1.11 | reached |" in text  # fmt: skip
+    assert "| dropless, uniform, N/E >= 200: time / balanced | <= 1.25 | 1.30 | missed |" in text
+    assert "| dropless, Zipf 1.5, N/E >= 200: time / balanced | <= 1.6 | 1.70 | missed |" in text
+    assert "| lax.ragged_dot's time / dropless's, 8 experts | >= 8 | 10.0 | reached |" in text
+    assert "64 experts |" not in text
+    assert "- all_experts, tokens 2048, width 256, experts 8, k 2, uniform, forward_backward: takes 9 TFLOP" in text  # fmt: skip
+    assert "| 12.5% |" in text
+
+
+def test_picture(tmp_path):
+    found = [
+        made_up(variant, ratio * spread, skew=skew, tokens=tokens)
+        for variant, ratio in (
+            ("dense", 0.9),
+            ("balanced", 1),
+            ("dropless", 1.2),
+            ("ragged_dot", 9),
+        )
+        for skew, spread in (("uniform", 1), ("zipf1.5", 1.2))
+        for tokens in (2048, 8192)
+    ]
+    figures.save_layer_benchmark(found, "title", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+SMALL_PRODUCT = products.ProductShape("made_up", rows=24, experts=3, width=8, mlp_width=16)
+
+
+def test_products_of_every_operation_agree_with_a_loop():
+    backends = [Backend.RAGGED_DOT, Backend.MEGABLOX]
+    found = list(products.measure_products(SMALL_PRODUCT, Skew.ONE_HOT, backends, ONCE))
+    by_backend = {
+        backend: [row for row in found if row["backend"] == backend] for backend in backends
+    }
+    assert [row["operation"] for row in by_backend["ragged_dot"]] == ["forward", "dlhs", "drhs"]
+    for row in by_backend["ragged_dot"]:
+        assert row["relative_error"] < 0.01 and row["share_of_best"] == 1
+        assert row["model"] == "made_up" and row["skew"] == "one_hot" and row["milliseconds"] > 0
+    for row in by_backend["megablox"]:
+        assert "megablox" in row["left_out"]
+    text = report.products_page(found)
+    assert "| made_up, one_hot, drhs |" in text and "- megablox: " in text
+
+
+@pytest.mark.parametrize("operation", products.Operation)
+def test_a_wrong_product_is_noticed(operation):
+    inputs = products.inputs_of(SMALL_PRODUCT, Skew.ONE_HOT)
+    assert inputs.group_sizes.tolist() == [24, 0, 0]
+    lhs, rhs, gradient = (
+        np.asarray(a, np.float32) for a in (inputs.lhs, inputs.rhs, inputs.gradient)
+    )
+    right = {
+        products.Operation.FORWARD: lhs @ rhs[0],
+        products.Operation.DLHS: gradient @ rhs[0].T,
+        products.Operation.DRHS: np.stack([lhs.T @ gradient, 0 * rhs[0], 0 * rhs[0]]),
+    }[operation]
+    assert products.relative_error(operation, inputs, right) < 1e-5
+    assert products.relative_error(operation, inputs, right * 1.1) == pytest.approx(0.1, rel=1e-3)
+    if operation == products.Operation.DRHS:
+        right[1] = np.nan  # What a kernel leaves that does not write empty groups.
+        assert not products.relative_error(operation, inputs, right) < 1
+
+
+def test_the_models_shapes_are_refused_without_an_accelerator():
+    with pytest.raises(UserError, match=r"products is set, but there is no GPU.*--small"):
+        products.shapes_for(small=False)
+    small = products.shapes_for(small=True)
+    assert [shape.model for shape in small] == [shape.model for shape in products.SHAPES]
+    assert all(shape.flops < 1e9 for shape in small)
+
+
+def test_a_mistyped_flag():
+    done = script("bench_layer", "--quik")
+    assert done.returncode == 2
+    assert "quik" in done.stderr and "quick" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+
+
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+
+
+def test_the_script_executes_itself_again_with_the_allocators_variables(monkeypatch):
+    class Executed(Exception):  # noqa: N818
+        pass
+
+    def execute(program, arguments, environment):
+        assert program == sys.executable and arguments[1:] == sys.orig_argv[1:]
+        assert environment.items() >= ALLOCATOR.items() and environment["KEPT"] == "1"
+        raise Executed
+
+    monkeypatch.setattr(os, "execve", execute)
+    monkeypatch.setenv("KEPT", "1")
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "65536")
+    with pytest.raises(Executed):
+        runpy.run_path(str(ROOT / "experiments" / "bench_layer.py"), run_name="__main__")
+
+
+# The script with a tiny shape in place of the four.
+TINY_SCRIPT = """
+import dataclasses, runpy, sys
+from moe_jax.analysis.benchmark import plan
+from moe_jax.analysis.benchmark.cases import Shape, Skew
+tiny = Shape(tokens=64, width=8, experts=4, k=2)
+plan.QUICK = dataclasses.replace(
+    plan.QUICK, grid=[tiny], names={Skew.UNIFORM: ["gather_cf1.0"]}, parts=[]
+)
+sys.argv[0] = "experiments/bench_layer.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_script_writes_and_prints_rows_alone(tmp_path):
+    environment = {
+        **os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **ALLOCATOR, "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", TINY_SCRIPT, "--quick", "--format=json", f"--output={tmp_path}"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [(row["variant"], row["mode"]) for row in found] == [
+        (variant, mode)
+        for mode in ("forward", "forward_backward")
+        for variant in ("dense", "balanced", "gather_cf1.0")
+    ]
+    assert all(row.keys() >= KEYS | {"device", "jax", "commit"} for row in found)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"bench_layer_quick.{ending}" for ending in ("jsonl", "json", "md", "png")
+    }
+    assert rows.read(tmp_path / "bench_layer_quick.jsonl") == found
+    assert "2/2" in done.stderr  # The progress bar.
