@@ -5,6 +5,7 @@
 #   make test                       install the test extra, then ruff, mypy and every unmarked test
 #   make test PYTHON=python3.12     the same in an environment of that interpreter's own
 #   make test-slow                  the tests marked `slow` (random kills over a long run)
+#   make test-layouts               every mesh, transport, router and dispatch against the serial layer
 #   make test-routers               every router trains a small model on real text
 #   make test-parity                transformers' routers computed anew, against the committed files
 #   make test-tpu                   programs for TPUs, compiled by libtpu on this machine
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 # A constraints file pins every version and leaves the choice of extras to setup.py.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requirements.lock
 
-.PHONY: install install-test quickstart test test-slow test-routers test-parity test-tpu lint lock clean
+.PHONY: install install-test quickstart test test-slow test-layouts test-routers test-parity test-tpu lint lock clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -52,6 +53,9 @@ test: lint
 
 test-slow: install-test
 	$(BIN)/python -m pytest -m slow
+
+test-layouts: install-test
+	$(BIN)/python -m pytest -n 2 -m "layouts or not layouts" tests/layers/test_layouts.py
 
 test-routers: install-test
 	$(BIN)/python -m pytest -n 2 -m routers

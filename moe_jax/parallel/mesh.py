@@ -27,8 +27,9 @@ class MeshConfig:
       data: devices along the data-parallel axis.
       expert: devices along the expert-parallel axis; divides the number of experts.
       model: devices along the tensor-parallel axis; divides heads and feed-forward widths.
-      host_devices: how many devices the CPU backend pretends to have. Only read where the CPU is
-        the default backend, and only before that backend starts.
+      host_devices: how many devices the CPU backend of each process pretends to have (two processes
+        of a mesh of 8 need 4). Only read where the CPU is the default backend, and only before that
+        backend starts.
       fsdp_min_size: parameters outside the experts with fewer elements stay whole over `data` and
         `expert`, because gathering a small array costs more time than holding it costs memory.
     """

@@ -1,4 +1,4 @@
-"""The MoE layer as loops over groups and experts, without meshes; only `route` is the package's."""
+"""The MoE layer one group at a time, every expert on every token; only `route` is the package's."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from moe_jax.routing.assignment import (
 
 
 def layer(config, parameters, variables, x, info, num_experts):
-    """[B, L, d] output, losses by name, statistics by name, and each group's routing."""
+    """[B, L, d] output, losses by name, statistics by name, and the assignments of all groups."""
     width = x.shape[-1]
     rows = x.reshape(-1, config.group_size, width)
     fields = [
@@ -21,43 +21,37 @@ def layer(config, parameters, variables, x, info, num_experts):
     arrays = {**parameters["router"], **variables.get("router_state", {})}
     capacity = config.slots(num_experts, train=True)
 
-    def expert(e, inputs):
-        return jnp.maximum(inputs @ parameters["w_in"][e], 0) @ parameters["w_out"][e]
+    def experts(inputs):
+        """[S, d], or [E, P, d] in Soft MoE, to [E, S or P, d]."""
+        return jnp.maximum(inputs @ parameters["w_in"], 0) @ parameters["w_out"]
 
-    y, routings = [], []
-    for g in range(len(rows)):
-        inputs = RouterInputs(
-            rows[g], *(f[g] for f in fields), jax.random.key(0), jax.random.key(0), train=True
-        )
+    def one_group(x, mask, token_ids, positions, sequence_ids):
+        key = jax.random.key(0)
+        inputs = RouterInputs(x, mask, token_ids, positions, sequence_ids, key, key, train=True)
         routing = config.router.route(arrays, inputs, num_experts, capacity)
-        routings.append(routing)
-        y.append(_combined(routing.assignment, rows[g], expert, num_experts))
-    sums = jax.tree.map(
-        lambda *a: sum(a), *[(routing.losses, routing.statistics) for routing in routings]
-    )
+        return _combined(routing.assignment, x, experts, num_experts), routing
+
+    y, routing = jax.vmap(one_group)(rows, *fields)
+    y = y.reshape(x.shape)
+    sums = jax.tree.map(lambda a: a.sum(axis=0), (routing.losses, routing.statistics))
     losses, statistics = ({name: mean.value() for name, mean in part.items()} for part in sums)
-    y = jnp.concatenate(y).reshape(x.shape)
     if config.shared_experts:
         dense = parameters["shared"]["dense"]
         y = y + jnp.maximum(x @ dense["w_in"], 0) @ dense["w_out"]
-    return y, losses, statistics, routings
+    return y, losses, statistics, routing.assignment
 
 
-def _combined(assigned, x, expert, num_experts):
-    tokens = x.shape[0]
-    y = [jnp.zeros_like(x[0])] * tokens
-    for e in range(num_experts):
-        if isinstance(assigned, SoftAssignment):
-            outputs = expert(e, assigned.dispatch[:, e].T @ x)
-            y = [y[s] + assigned.combine[s, e] @ outputs for s in range(tokens)]
-            continue
-        outputs = expert(e, x)
-        if isinstance(assigned, ExpertAssignment):
-            # One row of weights per expert; an empty slot has token S and falls off the end.
-            hits = assigned.tokens[e][:, None] == jnp.arange(tokens)
-            weights = jnp.sum(jnp.where(hits, assigned.gates[e][:, None], 0.0), axis=0)
-        else:
-            served = (assigned.experts == e) & (assigned.slots < assigned.capacity)
-            weights = jnp.sum(jnp.where(served, assigned.gates, 0.0), axis=1)
-        y = [y[s] + weights[s] * outputs[s] for s in range(tokens)]
-    return jnp.stack(y)
+def _combined(assigned, x, experts, num_experts):
+    tokens = len(x)
+    if isinstance(assigned, SoftAssignment):
+        outputs = experts(jnp.einsum("sep,sd->epd", assigned.dispatch, x))
+        return jnp.einsum("sep,epd->sd", assigned.combine, outputs)
+    if isinstance(assigned, ExpertAssignment):
+        # An empty slot has token S, of which one_hot makes zeros.
+        weights = jax.nn.one_hot(assigned.tokens, tokens) * assigned.gates[..., None]
+        weights = weights.sum(axis=1)  # [E, S]
+    else:
+        served = assigned.slots < assigned.capacity
+        weights = jax.nn.one_hot(assigned.experts, num_experts) * assigned.gates[..., None]
+        weights = (weights * served[..., None]).sum(axis=1).T
+    return jnp.einsum("es,esd->sd", weights, experts(x))

@@ -150,8 +150,8 @@ def on_mesh(shape, dispatch, name):
 
 
 @functools.cache
-def by_loops(dropless, name):
-    """The same from loops over groups and experts."""
+def one_by_one(dropless, name):
+    """The same without a mesh or a dispatch."""
     dispatch = "dropless, ragged" if dropless else "slots, all_to_all"
     config = config_of(dispatch, name)
     _, parameters, variables = layer(dispatch, name)
@@ -159,12 +159,11 @@ def by_loops(dropless, name):
     @jax.jit
     def differentiated(parameters, x):
         def total(parameters, x):
-            y, losses, statistics, routings = serial.layer(
+            y, losses, statistics, assignment = serial.layer(
                 config, parameters, variables, x, INFO, E
             )
             value = jnp.sum(y * COTANGENT) + weighted_losses(name, losses)
-            assignments = [routing.assignment for routing in routings]
-            return value, (y, losses, statistics, assignments)
+            return value, (y, losses, statistics, assignment)
 
         return jax.grad(total, argnums=(0, 1), has_aux=True)(parameters, x)
 
@@ -199,7 +198,7 @@ def test_equals_the_serial_layer(case):
     _, dispatch, name = case
     (gradients, of_x), (y, report, renewed) = on_mesh(*case)
     dropless = DISPATCHES[dispatch].dropless
-    (want_gradients, want_of_x), (want_y, losses, statistics, assignments) = by_loops(
+    (want_gradients, want_of_x), (want_y, losses, statistics, assignment) = one_by_one(
         dropless, name
     )
     assert_close(y, want_y, "output")
@@ -217,14 +216,16 @@ def test_equals_the_serial_layer(case):
         assert report.statistics["dropped"] == 0
     if name == "DeepSeek-V3":
         (bias,), (before,) = (jax.tree.leaves(v) for v in (renewed, layer(dispatch, name)[2]))
-        chosen = np.concatenate([a.experts[MASK[g]].ravel() for g, a in enumerate(assignments)])
-        load = np.bincount(chosen, minlength=E)
+        load = np.bincount(assignment.experts[MASK].ravel(), minlength=E)
         np.testing.assert_allclose(bias, before + 0.1 * np.sign(load.mean() - load), rtol=1e-6)
+        # One device's load would move other experts' biases.
+        own = np.bincount(assignment.experts[0, MASK[0]].ravel(), minlength=E)
+        assert (np.sign(load.mean() - load) != np.sign(own.mean() - own)).any()
 
 
 @pytest.mark.parametrize("name", ["top-1", "top-2", "DeepSeek-V3"])
 def test_capacity_drops_and_dropless_does_not(name):
-    with_drops, without = (by_loops(dropless, name)[1] for dropless in (False, True))
+    with_drops, without = (one_by_one(dropless, name)[1] for dropless in (False, True))
     assert 0.05 < with_drops[2]["dropped"] < 0.9
     assert without[2]["dropped"] == 0
     assert np.abs(with_drops[0] - without[0]).max() > 0.01

@@ -5,7 +5,9 @@ d width, f expert width.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -69,13 +71,20 @@ def measure(
     floors = _floors(shape, which, parameters)
     programs = {name: program for name, (program, *_) in floors.items()}
     example = _tokens(shape, Skew.UNIFORM, parameters)
-    left_out = {}
-    for name in dict.fromkeys(name for of_skew in names.values() for name in of_skew):
-        layer = VARIANTS[name](shape)
+    wanted = dict.fromkeys(name for of_skew in names.values() for name in of_skew)
+
+    def compile_layer(name: str) -> Program | TooExpensive:
         try:
-            programs[name] = Program.of(layer, which, parameters, example, limits)
+            return Program.of(VARIANTS[name](shape), which, parameters, example, limits)
         except TooExpensive as reason:
-            left_out[name] = str(reason)
+            return reason
+
+    left_out = {}
+    for name, result in zip(wanted, _in_threads(compile_layer, wanted), strict=True):
+        if isinstance(result, Program):
+            programs[name] = result
+        else:
+            left_out[name] = str(result)
     for skew, of_skew in names.items():
         case = case_of(shape, skew, which)
         x = _tokens(shape, skew, parameters)
@@ -186,11 +195,14 @@ def measure_parts(
         layer = VARIANTS[name](shape)
         programs[name] = layer, parameters
         programs[f"{name} narrow"] = layer, narrow
-    calls: Calls = {}
-    for name, (layer, its_parameters) in programs.items():
-        program = Program.of(layer, which, its_parameters, x)
-        calls[name] = functools.partial(program, its_parameters, x)
-        jax.block_until_ready(calls[name]())
+
+    def compile_call(program: tuple[Layer, Any]) -> Callable[[], Any]:
+        layer, its_parameters = program
+        return functools.partial(Program.of(layer, which, its_parameters, x), its_parameters, x)
+
+    calls: Calls = dict(zip(programs, _in_threads(compile_call, programs.values()), strict=True))
+    for call in calls.values():
+        jax.block_until_ready(call())
     times = interleaved(calls, schedule)
     for name in names:
         seconds = {
@@ -207,6 +219,12 @@ def measure_parts(
                 "share": float(np.nanmedian(seconds[part] / times[name])),
                 "milliseconds": 1e3 * float(np.nanmedian(seconds[part])),
             }
+
+
+def _in_threads(function: Callable[[Any], Any], arguments: Iterable[Any]) -> list[Any]:
+    """Compiles several programs at once, because XLA compiles each in one thread on CPUs."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(function, arguments))
 
 
 def _router(shape: Shape, with_statistics: bool) -> Layer:

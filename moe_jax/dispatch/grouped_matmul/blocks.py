@@ -82,7 +82,7 @@ def for_each_block(
             counts: jax.Array = counts,
             last: jax.Array = last,
         ) -> Any:
-            expert = jnp.searchsorted(last, i, side="right")
+            expert = jnp.sum(last <= i)
             first = starts[expert] + (i - last[expert] + counts[expert]) * size
             end = jnp.minimum(first + size, ends[expert])
             return body(Block(expert, first, end, size, total), carry)
