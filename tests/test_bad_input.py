@@ -85,6 +85,7 @@ def test_command_line(arguments, words):
         ("mesh.data", 64, ["mesh data=64", "256 devices", "there are 8", "mesh.host_devices"]),
         ("mesh.expert", 0, ["mesh.expert is 0", "at least 1"]),
         ("data.batch_size", 63, ["data.batch_size is 63", "8 devices", "data x expert"]),
+        ("mesh.expert", 3, ["data.batch_size is 64", "6 devices", "data x expert"]),
         ("data.sequence_length", 256, ["data.sequence_length is 256", "128", "max_length"]),
         ("model.vocab_size", 200, ["model.vocab_size is 200", "259"]),
         ("model.num_layers", 3, ["model.moe_every is 2", "num_layers=3", "divisor"]),
@@ -120,36 +121,38 @@ def test_mesh_on_too_few_devices_names_their_kind():
         make_mesh(config)
 
 
-def test_workdir_of_another_run(data_dir, tmp_path):
+@pytest.fixture(scope="module")
+def four_steps(data_dir, tmp_path_factory):
+    """A workdir of four steps."""
     config = tiny_config(data_dir)
-    config.steps = 2
-    loop.train(config, tmp_path)
+    config.steps = 4
+    workdir = tmp_path_factory.mktemp("four_steps")
+    loop.train(config, workdir)
+    return workdir
+
+
+def test_workdir_of_another_run(data_dir, four_steps):
+    config = tiny_config(data_dir)
     config.model.width, config.seed = 32, 5
     with pytest.raises(UserError) as error:
-        loop.train(config, tmp_path)
+        loop.train(config, four_steps)
     for word in ["config.model.width (the run has 16, you ask for 32)", "config.seed", "--workdir"]:
         assert word in str(error.value)
 
 
-def test_steps_that_are_done_already(data_dir, tmp_path):
+def test_steps_that_are_done_already(data_dir, four_steps):
     config = tiny_config(data_dir)
-    config.steps = 4
-    loop.train(config, tmp_path)
     config.steps = 3
     with pytest.raises(UserError, match=r"steps is 3, but the run in .* has done 4 already"):
-        loop.train(config, tmp_path)
+        loop.train(config, four_steps)
 
 
-def test_text_of_another_python(data_dir, tmp_path):
-    config = tiny_config(data_dir)
-    config.steps = 2
-    loop.train(config, tmp_path)
-    path = tmp_path / "config.json"
-    record = json.loads(path.read_text())
+def test_text_of_another_python(data_dir, four_steps, tmp_path):
+    record = json.loads((four_steps / "config.json").read_text())
     record["dataset"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(record))
+    (tmp_path / "config.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"began with 000000000000; use a new --workdir"):
-        loop.train(config, tmp_path)
+        loop.train(tiny_config(data_dir), tmp_path)
 
 
 def test_router_that_config_json_could_not_name(data_dir, tmp_path):
@@ -162,38 +165,20 @@ def test_router_that_config_json_could_not_name(data_dir, tmp_path):
         loop.train(config, tmp_path)
 
 
-def test_workdir_that_cannot_be_written(data_dir, tmp_path):
-    (tmp_path / "file").write_text("")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "experiments/train.py",
-            f"--config={CONFIG}",
-            f"--config.data.data_dir={data_dir}",
-            f"--workdir={tmp_path}/file",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert f"{tmp_path}/file" in done.stderr.splitlines()[-1]
-
-
 def test_workdir_without_a_run(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json; name the folder of a run"):
         experiment.load(tmp_path)
 
 
-def test_a_script_prints_the_sentence_and_exits_with_2(tmp_path):
-    """The whole way: no traceback, nothing on stdout."""
+def test_a_script_prints_the_sentence_and_exits_with_2(data_dir, tmp_path):
+    """The whole way, for a workdir that cannot be written: no traceback, nothing on stdout."""
+    (tmp_path / "file").write_text("")
     command = [sys.executable, "experiments/train.py", f"--config={CONFIG}"]
-    command += [f"--workdir={tmp_path}", "--config.mesh.expert=3"]
+    command += [f"--config.data.data_dir={data_dir}", f"--workdir={tmp_path}/file"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("data.batch_size is 64, which the 6 devices")
+    assert f"{tmp_path}/file" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 

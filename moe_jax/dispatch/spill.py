@@ -67,57 +67,59 @@ def _forward(
     network: Network, weights: Any, x: jax.Array, gates: jax.Array, rows: Rows
 ) -> tuple[jax.Array, Any]:
     @jax.named_scope("experts")
-    def with_slots(weights: Any, x: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+    def with_slots(weights: Any, x: jax.Array) -> tuple[jax.Array, Any]:
         hidden = network.up(weights, _take(x, rows.slots, gates), batched_product)
         outputs = network.down(weights, hidden, rows.slot_keys, batched_product)
-        looped = _loop(network, weights, x, gates, _first(rows))
-        return hidden, outputs, jnp.pad(looped, ((0, rows.looped.size - rows.spill_room), (0, 0)))
+        spill = _spill(rows)
+        looped = _loop(network, weights, x, gates, spill)
+        y = _gated_sum(outputs, rows.slots, gates) + _gated_sum(looped, spill.looped, gates)
+        looped = jnp.pad(looped, ((0, rows.looped.size - rows.spill_room), (0, 0)))
+        return y, (hidden, outputs, looped)
 
     @jax.named_scope("experts")
-    def loop_alone(weights: Any, x: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
-        shapes = jax.eval_shape(with_slots, weights, x)[:2]
-        hidden, outputs = jax.tree.map(
-            lambda a: varying_zeros(a.shape, a.dtype, x, gates, *jax.tree.leaves(weights)), shapes
-        )
-        return hidden, outputs, _loop(network, weights, x, gates, rows)
+    def loop_alone(weights: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        _, kept = jax.eval_shape(with_slots, weights, x)
+        like = (x, gates, *jax.tree.leaves(weights))
+        hidden, outputs, _ = jax.tree.map(lambda a: varying_zeros(a.shape, a.dtype, *like), kept)
+        looped = _loop(network, weights, x, gates, rows)
+        return _gated_sum(looped, rows.looped, gates), (hidden, outputs, looped)
 
-    hidden, slot_outputs, looped_outputs = jax.lax.cond(
-        rows.use_slots, with_slots, loop_alone, weights, x
-    )
-    y = _gated_sum(slot_outputs, rows.slots, gates) + _gated_sum(looped_outputs, rows.looped, gates)
-    return y, (weights, x, gates, rows, hidden, slot_outputs, looped_outputs)
+    y, kept = jax.lax.cond(rows.use_slots, with_slots, loop_alone, weights, x)
+    return y, (weights, x, gates, rows, kept)
 
 
 def _backward(network: Network, residuals: Any, gradient: jax.Array) -> tuple[Any, ...]:
-    weights, x, gates, rows, hidden, slot_outputs, looped_outputs = residuals
+    weights, x, gates, rows, (hidden, outputs, looped) = residuals
     like = (x, gradient, *jax.tree.leaves(weights))
 
+    def zeros_like(a: jax.Array, dtype: Any) -> jax.Array:
+        return varying_zeros(a.shape, dtype, *like)
+
     @jax.named_scope("experts")
-    def with_slots(gradient: jax.Array) -> tuple[Any, jax.Array]:
-        of_outputs = _take(gradient, rows.slots, gates) * _gates(gates, rows.slots)[..., None]
+    def with_slots(gradient: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        of_rows = _take(gradient, rows.slots, gates)
+        of_gates = _sum_to_gates(zeros_like(gates, jnp.float32), of_rows * outputs, rows.slots)
+        of_outputs = (of_rows * _gates(gates, rows.slots)[..., None]).astype(x.dtype)
         _, down = jax.vjp(
             lambda w, h: network.down(w, h, rows.slot_keys, batched_product), weights, hidden
         )
-        of_weights, of_hidden = down(of_outputs.astype(x.dtype))
+        of_weights, of_hidden = down(of_outputs)
         inputs = _take(x, rows.slots, gates)
         _, up = jax.vjp(lambda w, r: network.up(w, r, batched_product), weights, inputs)
-        of_weights_up, of_rows = up(of_hidden)
+        of_weights_up, of_inputs = up(of_hidden)
         of_weights = jax.tree.map(jnp.add, of_weights, of_weights_up)
-        of_x = _sum(of_rows, rows.slots, gates)
-        return _loop_backward(network, weights, x, gates, _first(rows), gradient, of_weights, of_x)
+        sums = (of_weights, _sum(of_inputs, rows.slots, gates), of_gates)
+        spilled = looped[: rows.spill_room]
+        return _loop_backward(network, weights, x, gates, _spill(rows), gradient, spilled, sums)
 
     @jax.named_scope("experts")
-    def loop_alone(gradient: jax.Array) -> tuple[Any, jax.Array]:
-        of_weights = jax.tree.map(lambda a: varying_zeros(a.shape, a.dtype, *like), weights)
-        of_x = varying_zeros(x.shape, jnp.float32, *like)
-        return _loop_backward(network, weights, x, gates, rows, gradient, of_weights, of_x)
+    def loop_alone(gradient: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        of_weights = jax.tree.map(lambda a: zeros_like(a, a.dtype), weights)
+        sums = (of_weights, zeros_like(x, jnp.float32), zeros_like(gates, jnp.float32))
+        return _loop_backward(network, weights, x, gates, rows, gradient, looped, sums)
 
-    of_weights, of_x = jax.lax.cond(rows.use_slots, with_slots, loop_alone, gradient)
-    of_gates = jnp.zeros_like(gates).reshape(-1)
-    for outputs, assignments in ((slot_outputs, rows.slots), (looped_outputs, rows.looped)):
-        products = (outputs.astype(jnp.float32) * _take(gradient, assignments, gates)).sum(axis=-1)
-        of_gates = of_gates.at[assignments.reshape(-1)].add(products.reshape(-1), mode="drop")
-    return of_weights, of_x.astype(x.dtype), of_gates.reshape(gates.shape), None
+    of_weights, of_x, of_gates = jax.lax.cond(rows.use_slots, with_slots, loop_alone, gradient)
+    return of_weights, of_x.astype(x.dtype), of_gates, None
 
 
 gated_sums.defvjp(_forward, _backward)
@@ -143,13 +145,20 @@ def _loop_backward(
     gates: jax.Array,
     rows: Rows,
     gradient: jax.Array,
-    of_weights: Any,
-    of_x: jax.Array,
-) -> tuple[Any, jax.Array]:
-    """Adds the gradients of the looped rows to `of_weights` and `of_x` [T, d] float32."""
+    outputs: jax.Array,
+    sums: tuple[Any, jax.Array, jax.Array],
+) -> tuple[Any, jax.Array, jax.Array]:
+    """Adds the gradients of the looped rows, of which `outputs` [R, d] were made.
+
+    Args:
+      network, weights, x, gates, rows: see `gated_sums`.
+      gradient: [T, d] float32 of its result.
+      outputs: of `_loop`.
+      sums: gradients so far of the weights, of x [T, d] float32 and of the gates [T, K].
+    """
     inputs = _take(x, rows.looped, gates)
-    of_outputs = _take(gradient, rows.looped, gates) * _gates(gates, rows.looped)[:, None]
-    of_outputs = of_outputs.astype(x.dtype)
+    of_rows = _take(gradient, rows.looped, gates)
+    of_outputs = (of_rows * _gates(gates, rows.looped)[:, None]).astype(x.dtype)
 
     def body(block: Block, sums: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         keys = None if rows.looped_keys is None else block.rows(rows.looped_keys)
@@ -162,14 +171,16 @@ def _loop_backward(
         of_weights = jax.tree.map(block.add_to_expert, sums[0], block_weights)
         return of_weights, block.write(sums[1], block_rows)
 
+    of_weights, of_x, of_gates = sums
     like = (inputs, of_outputs, *jax.tree.leaves(weights))
     zeros = varying_zeros(inputs.shape, inputs.dtype, *like)
-    of_weights, of_rows = for_each_block(rows.sizes, rows.looped.size, body, (of_weights, zeros))
-    return of_weights, of_x + _sum(of_rows, rows.looped, gates)
+    of_weights, of_inputs = for_each_block(rows.sizes, rows.looped.size, body, (of_weights, zeros))
+    of_gates = _sum_to_gates(of_gates, of_rows * outputs, rows.looped)
+    return of_weights, of_x + _sum(of_inputs, rows.looped, gates), of_gates
 
 
-def _first(rows: Rows) -> Rows:
-    """Only the spill."""
+def _spill(rows: Rows) -> Rows:
+    """What is left for the loop where slots are used."""
     keys = rows.looped_keys
     return dataclasses.replace(
         rows,
@@ -198,3 +209,9 @@ def _sum(values: jax.Array, assignments: jax.Array, gates: jax.Array) -> jax.Arr
 
 def _gated_sum(values: jax.Array, assignments: jax.Array, gates: jax.Array) -> jax.Array:
     return _sum(values * _gates(gates, assignments)[..., None], assignments, gates)
+
+
+def _sum_to_gates(of_gates: jax.Array, products: jax.Array, assignments: jax.Array) -> jax.Array:
+    """Adds to [T, K] the sums over the width of [..., d] products of [...] assignments."""
+    flat = of_gates.reshape(-1).at[assignments.reshape(-1)]
+    return flat.add(products.sum(axis=-1).reshape(-1), mode="drop").reshape(of_gates.shape)

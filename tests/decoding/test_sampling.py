@@ -65,9 +65,8 @@ def test_greedy_equals_a_loop_of_full_forwards(parameters, batch):
         np.testing.assert_array_equal(batch[row], buffer[row, len(prompt) : len(prompt) + N])
 
 
-def test_a_batch_of_prompts_equals_each_alone(parameters, batch):
-    for row, prompt in enumerate(PROMPTS[:2]):
-        np.testing.assert_array_equal(generated(parameters, [prompt])[0], batch[row])
+def test_a_prompt_padded_in_a_batch_equals_it_alone(parameters, batch):
+    np.testing.assert_array_equal(generated(parameters, PROMPTS[:1])[0], batch[0])
 
 
 def test_samples_follow_the_key(parameters):

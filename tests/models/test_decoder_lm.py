@@ -36,6 +36,17 @@ SPARSE = DecoderLMConfig(
     moe=MoEConfig(ROUTER, Capacity(1.0, 2.0), group_size=L),
 )
 DENSE = dataclasses.replace(SPARSE, moe_every=0, num_layers=2)
+# As in training: jitter, dropout and expert dropout are on.
+NOISY = dataclasses.replace(
+    SPARSE,
+    dropout=0.2,
+    moe=MoEConfig(
+        TopK(k=2, exploration=Exploration.JITTER, exploration_rate=0.1, losses=ROUTER.losses),
+        SPARSE.moe.capacity,
+        group_size=8,
+        expert_dropout=0.2,
+    ),
+)
 
 
 @functools.cache
@@ -122,16 +133,23 @@ def test_padding_contents_change_nothing(tokens):
     np.testing.assert_array_equal(plain[np.asarray(mask)], noisy[np.asarray(mask)])
 
 
-def training_loss(config, values, tokens, key=None):
-    logits, (report,), _ = ModelDefinition.of(config).merge(values)(tokens, None, Mode.TRAIN, key)
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
-    return -picked.mean() + 0.01 * report.losses["load_balancing"].sum()
+def loss_and_gradients(tokens, shape=(1, 1, 1), **changes):
+    """Of NOISY with `changes`, on a mesh of `shape`."""
+    model = ModelDefinition.of(dataclasses.replace(NOISY, **changes))
 
+    @jax.jit
+    @jax.value_and_grad
+    def run(values, tokens):
+        logits, (report,), _ = model.merge(values)(tokens, None, Mode.TRAIN, jax.random.key(3))
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
+        return -picked.mean() + 0.01 * report.losses["load_balancing"].sum()
 
-def loss_and_gradients(tokens, **changes):
-    config = dataclasses.replace(SPARSE, **changes)
-    function = jax.jit(jax.value_and_grad(functools.partial(training_loss, config)))
-    return jax.device_get(function(parameters("sparse"), tokens))
+    mesh = make_mesh(MeshConfig(*shape))
+    shardings = parameter_shardings(model.shapes, model.axes, mesh, fsdp_min_size=0)
+    with jax.set_mesh(mesh):
+        values = jax.device_put(parameters("sparse"), shardings)
+        rows = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(TOKEN_AXES)))
+        return jax.device_get(run(values, rows))
 
 
 @pytest.fixture(scope="module")
@@ -177,30 +195,9 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32(tokens):
     np.testing.assert_allclose(logits, logits_of("sparse", tokens, Mode.DECODE), atol=0.5)
 
 
-def test_sharded_training_with_dropout_equals_one_device(tokens):
-    config = dataclasses.replace(
-        SPARSE,
-        dropout=0.2,
-        moe=dataclasses.replace(
-            SPARSE.moe,
-            router=TopK(k=2, exploration=Exploration.JITTER, exploration_rate=0.1),
-            expert_dropout=0.2,
-            group_size=8,
-        ),
-    )
-    model = definition("sparse")
-
-    def on(shape):
-        mesh = make_mesh(MeshConfig(*shape))
-        shardings = parameter_shardings(model.shapes, model.axes, mesh, fsdp_min_size=0)
-        with jax.set_mesh(mesh):
-            values = jax.device_put(parameters("sparse"), shardings)
-            rows = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(TOKEN_AXES)))
-            run = jax.jit(jax.value_and_grad(functools.partial(training_loss, config)))
-            return jax.device_get(run(values, rows, jax.random.key(3)))
-
-    loss, gradients = on((1, 1, 1))
-    sharded_loss, sharded_gradients = on((2, 2, 2))
+def test_sharded_training_with_dropout_equals_one_device(tokens, plain):
+    loss, gradients = plain
+    sharded_loss, sharded_gradients = loss_and_gradients(tokens, (2, 2, 2))
     assert sharded_loss == pytest.approx(loss, rel=1e-5)
     for (path, got), want in zip(
         jax.tree.leaves_with_path(sharded_gradients), jax.tree.leaves(gradients), strict=True

@@ -7,10 +7,17 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_jax.analysis.hlo import Program
+from moe_jax.dispatch.dropless import Dropless
+from moe_jax.dispatch.exchange import Wire
 from moe_jax.dispatch.grouped_matmul.interface import Backend, GroupedMatmul, grouped_matmul
+from moe_jax.layers.mode import Mode
+from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
 from moe_jax.parallel.mesh import EXPERT
+from moe_jax.routing.token_choice import TopK
 
 pytestmark = pytest.mark.tpu
 
@@ -104,3 +111,41 @@ def test_ragged_all_to_all_and_its_gradient(tpu_mesh):
     found = re.findall(r"= \S+ ragged-all-to-all\S*\(", compiled.as_text())
     assert len(found) == 2
     assert "all-gather" not in compiled.as_text()
+
+
+def test_the_dropless_layer_sends_rows_raggedly_and_multiplies_in_kernels(tpu_mesh):
+    """The whole layer, with the gradients of everything."""
+    width, experts, length = 256, 16, 256
+    config = MoEConfig(TopK(k=2), group_size=length, dispatch=Dropless(wire=Wire.BFLOAT16))
+    config.validate(experts)
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: MoE(config, width, 4 * width, experts, 1.0, jax.random.key(0)))
+    )
+    placement = {"w_in": PartitionSpec(EXPERT), "w_out": PartitionSpec(EXPERT)}
+    parameters = {
+        name: jax.tree.map(
+            lambda leaf, name=name: jax.ShapeDtypeStruct(
+                leaf.shape,
+                leaf.dtype,
+                sharding=NamedSharding(tpu_mesh, placement.get(name, PartitionSpec())),
+            ),
+            value,
+        )
+        for name, value in nnx.to_pure_dict(state).items()
+    }
+
+    def loss(parameters, x):
+        info = TokenInfo.of(jnp.zeros(x.shape[:2], jnp.int32))
+        y, _ = nnx.merge(graph, parameters)(x, info, Mode.TRAIN, None)
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    with jax.set_mesh(tpu_mesh):
+        x = global_array(tpu_mesh, (2, length, width), jnp.bfloat16)
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(parameters, x).compile()
+    text = compiled.as_text()
+    assert kernels(text) == 6
+    # Rows, gates and integers there, rows back; in the gradient all but the integers once more.
+    assert len(re.findall(r"= \S+ ragged-all-to-all\S*\(", text)) == 7
+    tokens = 2 * length
+    gathered = [c for c in Program(text).collectives() if c.name == "all-gather"]
+    assert all(c.elements < tokens for c in gathered), "tokens are gathered"

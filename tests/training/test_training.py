@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import logging
+import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from moe_jax.analysis.accounting import dense_twin
@@ -28,6 +30,7 @@ def finished(data_dir, tmp_path_factory):
     """A run long enough to learn more than byte frequencies."""
     config = tiny_config(data_dir)
     config.steps, config.optimizer.warmup_steps = 120, 10
+    config.optimizer.schedule = Schedule.COSINE
     config.model.width, config.model.mlp_width, config.model.head_width = 32, 64, 16
     config.model.dropout, config.model.moe.expert_dropout = 0.0, 0.0
     config.logging.every, config.checkpoint.every, config.evaluation.every = 10, 60, 60
@@ -50,25 +53,16 @@ def test_load_stays_balanced(finished):
 
 
 def test_every_expert_and_router_weight_has_a_gradient(finished):
-    workdir, _ = finished
-    trained = Trained.load(workdir)
-    run = trained.run
-    data = TextPipeline(run.config.data, run.config.seed)
+    """Adam's second moments are sums of squared gradients over all steps."""
+    run = Trained.load(finished[0]).run
     with jax.set_mesh(run.mesh):
-        batch = run.put(lambda start, stop: data.rows(0, start, stop), 16)
-
-        @jax.jit
-        def gradients(parameters):
-            def loss(p):
-                model = run.definition.merge(p, trained.variables)
-                return run.config.task.training_loss(model, batch, jax.random.key(0))[0]
-
-            return jax.grad(loss)(parameters)
-
-        layer = jax.device_get(gradients(trained.parameters))["stages"][0]["blocks"][1]["mlp"]
+        state = run.restore(Checkpoints(finished[0] / "checkpoints"), 120)
+    moments = optax.tree_utils.tree_get(jax.device_get(state.optimizer), "nu")
+    layer = moments["stages"][0]["blocks"][1]["mlp"]
     for name in ("w_in", "w_out"):
-        assert (np.abs(layer[name]).max(axis=(-2, -1)) > 0).all(), name
-    assert (layer["router"]["weights"] != 0).all()
+        assert layer[name].shape[:2] == (1, 4)
+        assert (layer[name].max(axis=(-2, -1)) > 0).all(), name
+    assert (layer["router"]["weights"] > 0).all()
 
 
 def test_a_run_leaves_what_the_readme_names(finished):
@@ -91,9 +85,7 @@ def test_a_run_leaves_what_the_readme_names(finished):
     assert Checkpoints(workdir / "checkpoints").steps() == [60, 120]
 
 
-@pytest.mark.parametrize(
-    "mesh", ["", "data:1", "expert:2", "data:4", "expert:2,model:2", "model:2"]
-)
+@pytest.mark.parametrize("mesh", ["", "data:1", "data:4", "expert:2,model:2"])
 def test_a_checkpoint_evaluates_equally_on_every_mesh(finished, mesh):
     workdir, records = finished
     trained = Trained.load(workdir, mesh)
@@ -107,53 +99,24 @@ def test_a_checkpoint_evaluates_equally_on_every_mesh(finished, mesh):
         assert loss == pytest.approx(records[-1][name], rel=1e-6), name
 
 
-@pytest.fixture(scope="module")
-def twenty_losses(data_dir):
-    """First 20 losses by mesh; jitter and both dropouts are on."""
-
-    def losses(mesh: MeshConfig) -> list[float]:
-        config = tiny_config(data_dir)
-        config.mesh, config.steps = mesh, 20
-        run = Run.build(config)
-        data = TextPipeline(config.data, config.seed)
-        step = jax.jit(
-            loop.train_step(run.definition, config.task, run.optimizer, config.seed, False),
-            out_shardings=(run.shardings, None),
-        )
-        found = []
-        with jax.set_mesh(run.mesh):
-            state = run.initial_state()
-            for index in range(20):
-                batch = run.put(lambda a, b, i=index: data.rows(i, a, b), 16)
-                state, step_metrics = step(state, batch)
-                found.append(float(step_metrics["loss"]))
-        return found
-
-    return losses, losses(MeshConfig())
-
-
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        MeshConfig(data=2, expert=4, fsdp_min_size=64),
-        MeshConfig(data=2, expert=2, model=2, fsdp_min_size=64),
-    ],
-    ids=str,
-)
-def test_losses_on_eight_devices_equal_those_on_one(twenty_losses, mesh):
-    losses, alone = twenty_losses
-    np.testing.assert_allclose(losses(mesh), alone, rtol=1e-5)
-    assert alone[-1] < alone[0]
-
-
-def test_a_run_continues_on_another_mesh_with_more_steps(data_dir, tmp_path):
+def test_losses_do_not_depend_on_the_mesh_nor_on_a_change_of_it(data_dir, tmp_path):
+    """Jitter and both dropouts are on; the second run moves from eight devices to one."""
     config = tiny_config(data_dir)
-    config.steps = 4
-    loop.train(config, tmp_path)
-    config.steps, config.mesh = 6, MeshConfig(expert=4, model=2)
-    config.logging.every, config.checkpoint.every = 1, 3
-    records = loop.train(config, tmp_path)
-    assert [r["step"] for r in records] == [2, 4, 5, 6]
+    config.mesh, config.steps, config.evaluation.every = MeshConfig(), 20, 5
+    config.logging.every, config.checkpoint.every = 1, 20
+    alone = {record["step"]: record for record in loop.train(config, tmp_path / "alone")}
+    config.mesh, config.steps = MeshConfig(data=2, expert=2, model=2, fsdp_min_size=64), 15
+    config.logging.every, config.checkpoint.every = 3, 5
+    loop.train(config, tmp_path / "moved")
+    config.mesh, config.steps, config.logging.every = MeshConfig(), 20, 1
+    moved = loop.train(config, tmp_path / "moved")
+    assert [r["step"] for r in moved] == [3, 5, 6, 9, 10, 12, *range(15, 21)]
+    for record in moved:
+        same = alone[record["step"]]
+        assert record["train/loss"] == pytest.approx(same["train/loss"], rel=1e-5)
+        if record["step"] % 5 == 0:
+            assert record["eval/loss"] == pytest.approx(same["eval/loss"], rel=1e-5)
+    assert alone[20]["train/loss"] < alone[1]["train/loss"]
 
 
 def test_nonfinite_loss_stops_and_names_the_last_good_checkpoint(data_dir, tmp_path):
@@ -172,7 +135,7 @@ def test_nonfinite_loss_stops_and_names_the_last_good_checkpoint(data_dir, tmp_p
 
 def test_nonfinite_steps_are_skipped_on_request(data_dir, tmp_path, caplog):
     config = tiny_config(data_dir)
-    config.skip_nonfinite = True
+    config.skip_nonfinite, config.mesh, config.steps = True, MeshConfig(), 4
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
         task = type(config.task)
         original = task.training_loss
@@ -186,7 +149,7 @@ def test_nonfinite_steps_are_skipped_on_request(data_dir, tmp_path, caplog):
 
         patch.setattr(task, "training_loss", broken_at_step_3)
         records = loop.train(config, tmp_path)
-    assert records[-1]["step"] == 8 and np.isfinite(records[-1]["eval/loss"])
+    assert records[-1]["step"] == 4 and np.isfinite(records[-1]["eval/loss"])
     assert [r.message for r in caplog.records if "skipped" in r.message] == [
         "step 3: loss or gradient is not finite; its update is skipped"
     ]
@@ -201,7 +164,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finished,
     workdir, _ = finished
     (copy := tmp_path / "copy").mkdir()
     (copy / "config.json").write_bytes((workdir / "config.json").read_bytes())
-    _copy_tree(workdir / "checkpoints", copy / "checkpoints")
+    shutil.copytree(workdir / "checkpoints", copy / "checkpoints")
     payload = max(
         (p for p in (copy / "checkpoints" / "120").rglob("*") if p.is_file()),
         key=lambda p: p.stat().st_size,
@@ -214,18 +177,10 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finished,
     assert any("step 120" in r.message and payload.name in r.message for r in caplog.records)
 
 
-def _copy_tree(source, target):
-    for path in source.rglob("*"):
-        if path.is_file():
-            to = target / path.relative_to(source)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            to.write_bytes(path.read_bytes())
-
-
 def test_dense_twin_trains_with_the_same_trainer(data_dir, tmp_path):
     config = tiny_config(data_dir)
     config.model = dense_twin(config.model)
-    config.steps = 2
+    config.steps, config.mesh = 2, MeshConfig()
     records = loop.train(config, tmp_path)
     assert metrics.dropped_fraction(records[-1]) == 0
     assert not [name for name in records[-1] if name.startswith("router/")]
@@ -235,7 +190,7 @@ def test_dense_twin_trains_with_the_same_trainer(data_dir, tmp_path):
 def test_a_resumed_run_has_the_expert_bias_of_an_uninterrupted_one(data_dir, tmp_path):
     config = tiny_config(data_dir)
     config.model.moe.router = DeepSeekV3(k=1, groups=1, groups_per_token=1, bias_rate=0.01)
-    config.steps, config.optimizer.schedule = 3, Schedule.INVERSE_SQRT
+    config.mesh, config.steps, config.checkpoint.every = MeshConfig(), 3, 2
 
     def final_state(folder):
         run = Run.build(config)
@@ -244,9 +199,8 @@ def test_a_resumed_run_has_the_expert_bias_of_an_uninterrupted_one(data_dir, tmp
 
     loop.train(config, tmp_path / "whole")
     whole = final_state(tmp_path / "whole")
-    config.steps = 2
-    loop.train(config, tmp_path / "parts")
-    config.steps = 3
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "3")
     loop.train(config, tmp_path / "parts")
     parts = final_state(tmp_path / "parts")
     (bias,) = jax.tree.leaves(whole.variables)
