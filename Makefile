@@ -58,7 +58,8 @@ test-layouts: install-test
 	$(BIN)/python -m pytest -n 2 -m "layouts or not layouts" tests/layers/test_layouts.py
 
 test-routers: install-test
-	$(BIN)/python -m pytest -n 2 -m routers
+	# At LLVM's level 1 these runs compile faster and step as fast: 97 s instead of 117 s for three.
+	XLA_FLAGS=--xla_backend_optimization_level=1 $(BIN)/python -m pytest -n 2 -m routers
 
 # PyTorch's own index has CPU builds, which are smaller; pip finds it where PIP_EXTRA_INDEX_URL names it.
 test-parity: install-test
@@ -68,7 +69,7 @@ test-parity: install-test
 # libtpu is a compiler for TPUs that needs none, but exists for one platform only.
 test-tpu: install-test
 ifeq ($(shell uname -sm),Linux x86_64)
-	$(PIP) --editable .[tpu]
+	$(MAKE) install EXTRA=tpu
 	$(BIN)/python -m pytest -m tpu tests/tpu
 else
 	@echo "make test-tpu needs libtpu, which exists for Linux on x86_64 only; nothing was tested."

@@ -4,8 +4,8 @@
     python experiments/bench_layer.py [--format=json] [--output=DIR]
     python experiments/bench_layer.py --products [--small] [--format=json] [--output=DIR]
 
-The first form takes less than 3 minutes on 2 cores. The second measures the whole grid, which takes
-hours, and goes on where it was interrupted when it is given again. Every layer is compared with the
+The first form measures four shapes in minutes. The second measures the whole grid, which takes hours,
+and goes on where it was interrupted when it is given again at the same commit. Every layer is compared with the
 dense floor (all assignments through one feed-forward network) and the balanced floor (as many rows for
 each expert, no router) in interleaved rounds of one process; a ratio is the median over rounds. The
 third form compares the backends of the grouped product at the shapes of published models.
@@ -39,6 +39,7 @@ from moe_jax.analysis import figures
 from moe_jax.analysis.benchmark import plan, products, report, rows
 from moe_jax.analysis.benchmark.cases import Pass, Skew
 from moe_jax.analysis.benchmark.rows import Row
+from moe_jax.analysis.benchmark.timing import THOROUGH
 from moe_jax.errors import UserError
 from moe_jax.training import provenance
 
@@ -86,23 +87,26 @@ def _collect(
 
     Args:
       name: of the files.
-      earlier: rows that stay; those of other devices are not counted as measured.
-      measure: (rows of this device) -> further rows.
+      earlier: rows that stay in the file; those of another device, jax or commit are not counted as
+        measured.
+      measure: (rows of this device, jax and commit) -> further rows.
 
     Returns:
-      All rows of this device.
+      All rows of this device, jax and commit.
     """
     log, new = _path(name, "jsonl"), _path(name, "jsonl.new")
     new.write_text("".join(rows.as_line(row) for row in earlier))
     new.replace(log)
     origin = {"device": provenance.machine(), "jax": jax.__version__, "commit": provenance.commit()}
-    said: set[str] = set()
-    found = [row for row in earlier if row["device"] == origin["device"]]
+    said: set[tuple[str, str]] = set()
+    found = rows.of_origin(earlier, origin)
     for row in measure(list(found)):
-        if "left_out" in row and row["left_out"] not in said:
-            said.add(row["left_out"])
-            subject = row["backend"] if "backend" in row else rows.name_of(row)
-            tqdm.write(f"left out: {subject}: {row['left_out']}", file=sys.stderr)
+        if "left_out" in row:
+            what = (row.get("backend") or row["variant"], row["left_out"])
+            if what not in said:
+                said.add(what)
+                subject = row["backend"] if "backend" in row else rows.name_of(row)
+                tqdm.write(f"left out: {subject}: {row['left_out']}", file=sys.stderr)
         found.append(row | origin)
         with log.open("a") as file:
             file.write(rows.as_line(found[-1]))
@@ -111,12 +115,8 @@ def _collect(
 
 def _present(name: str, found: Sequence[Row], page: Callable[[Sequence[Row]], str]) -> None:
     """Writes tables and rows, and prints what was asked for."""
-    commits = sorted({re.sub("(?<=^.{12})[0-9a-f]+", "", str(row["commit"])) for row in found})
-    versions = sorted({row["jax"] for row in found})
-    text = (
-        f"{page(found)}\n{found[0]['device']}, jax {', '.join(versions)}, "
-        f"commit {', '.join(commits)}.\n"
-    )
+    commit = re.sub("(?<=^.{12})[0-9a-f]+", "", str(found[0]["commit"]))
+    text = f"{page(found)}\n{found[0]['device']}, jax {found[0]['jax']}, commit {commit}.\n"
     _path(name, "md").write_text(text)
     _path(name, "json").write_text(rows.as_json(found))
     measured = [row for row in found if "rounds" in row]
@@ -129,9 +129,7 @@ def _measure_products(shapes: Sequence[products.ProductShape]) -> Iterator[Row]:
         for shape in shapes:
             for skew in Skew:
                 bar.set_description(f"{shape.model} {skew}")
-                yield from products.measure_products(
-                    shape, skew, products.BACKENDS, products.SCHEDULE
-                )
+                yield from products.measure_products(shape, skew, products.BACKENDS, THOROUGH)
                 bar.update()
 
 

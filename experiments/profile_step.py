@@ -1,12 +1,12 @@
-"""What one training step of a config sends, multiplies and takes, by layer and part.
+"""What one training step of a config exchanges, multiplies and takes, by layer and part.
 
     python experiments/profile_step.py --config=configs/quickstart.py [--mesh=data:2,expert:4]
         [--format=table|json] [--output=DIR] [--steps=N]
 
-Compiles the step that the trainer runs and reads the compiled program: the bytes of every collective
-by layer, with loops counted as often as they run, and the FLOPs of the matrix products. Then a few
-steps run on real data under JAX's profiler, and their time is attributed to the same parts. --output
-gets profile.json, profile.png and the trace.
+Compiles the step that the trainer runs and reads the compiled program: the bytes of the results of
+collectives by layer, with loops counted as often as they run, and the FLOPs of the matrix products.
+Then a few steps run on real data under JAX's profiler, and their time is attributed to the same parts.
+--output gets profile.json, profile.png and the trace.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from etils import epath
 from moe_jax import command_line
 from moe_jax.analysis import accounting, figures, profile
 from moe_jax.analysis.hlo import Program
-from moe_jax.analysis.profile import ByDirection
+from moe_jax.analysis.profile import ByDirection, Flops
 from moe_jax.data.pipelines import TextPipeline
 from moe_jax.parallel.mesh import parse_mesh
 from moe_jax.training import provenance
@@ -36,13 +36,18 @@ _OUTPUT = flags.DEFINE_string("output", "runs/profile", "Folder of the files tha
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps under the profiler.", lower_bound=1)
 _FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What stdout gets.")
 
+_INEXACT = (
+    "*: not exact, because a loop of unknown length counts as one trip and every branch of a "
+    "conditional as taken."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class StepProfile:
     """One training step, on one device.
 
     Attributes:
-      collectives: what each layer receives from other devices.
+      collectives: their results in each layer.
       flops: part -> FLOPs of its matrix products.
       accounting_flops_forward: executed FLOPs of the forward pass by `moe_jax.analysis.accounting`.
       seconds: part -> time in a traced step, mean over devices.
@@ -53,13 +58,18 @@ class StepProfile:
     """
 
     collectives: list[profile.Traffic]
-    flops: dict[str, ByDirection]
+    flops: dict[str, Flops]
     accounting_flops_forward: float
     seconds: dict[str, ByDirection]
     collective_seconds: dict[str, ByDirection]
     unattributed_seconds: float
     step_seconds: float
     traced_step_seconds: float
+
+    @property
+    def parts(self) -> list[str]:
+        """Those with time or FLOPs; a part's products may have no time of their own in the trace."""
+        return profile.parts_of(self.seconds, self.flops)
 
 
 def main() -> None:
@@ -152,18 +162,19 @@ def _profile(run: Run, output: epath.Path) -> StepProfile:
 
 
 def _draw(measured: StepProfile, title: str, path: epath.Path) -> None:
-    received: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     by_block = [(block, t) for t in measured.collectives for block in t.blocks]
     for block, t in sorted(by_block, key=lambda pair: pair[0]):
-        layer = received.setdefault(f"block {block}", {})
+        layer = results.setdefault(f"block {block}", {})
         layer[t.collective] = layer.get(t.collective, 0) + t.bytes
     for t in measured.collectives:
         if not t.blocks:
-            layer = received.setdefault(t.layer, {})
+            layer = results.setdefault(t.layer, {})
             layer[t.collective] = layer.get(t.collective, 0) + t.bytes
     nothing = ByDirection(0, 0)
     flops, seconds = {}, {}
-    for part, time_ in measured.seconds.items():
+    for part in measured.parts:
+        time_ = measured.seconds.get(part, nothing)
         products = measured.flops.get(part, nothing)
         waiting = measured.collective_seconds.get(part, nothing)
         flops[part] = products.forward, products.backward
@@ -172,15 +183,16 @@ def _draw(measured: StepProfile, title: str, path: epath.Path) -> None:
             time_.backward - waiting.backward,
             waiting.forward + waiting.backward,
         )
-    figures.save_step_profile(received, flops, seconds, measured.unattributed_seconds, title, path)
+    figures.save_step_profile(results, flops, seconds, measured.unattributed_seconds, title, path)
 
 
 def _print_collectives(traffic: list[profile.Traffic]) -> None:
-    """One line per layer and kind of collective."""
+    """Results of collectives, bytes per step: one line per layer and kind of collective."""
     if not traffic:
         print("no collectives: nothing is sent between devices\n")
         return
     width = max(len(t.layer) for t in traffic)
+    print("Results of collectives, bytes per step, on one device:")
     print(f"{'layer':{width}}  {'collective':18}{'over':>12}{'runs':>7}{'bytes':>14}   for")
     for t in traffic:
         mark = " " if t.exact else "*"
@@ -189,43 +201,48 @@ def _print_collectives(traffic: list[profile.Traffic]) -> None:
             f"{t.bytes:>14,.0f}{mark}  {', '.join(t.parts)}"
         )
     print(
-        "Of each block alone; results received in one step, on one device. What XLA combined into one "
-        "collective\ncounts as a run in every layer that it serves."
+        "Of each block alone. What XLA combined into one collective counts as a run in every layer "
+        "that it serves."
     )
     if not all(t.exact for t in traffic):
-        print("*: at least, because a loop of unknown length counts as one trip.")
+        print(_INEXACT)
     print()
 
 
 def _print_parts(measured: StepProfile) -> None:
     """FLOPs and time of each part, forward and backward."""
-    nothing = ByDirection(0, 0)
+    nothing, no_products = ByDirection(0, 0), Flops(0, 0, exact=True)
     print(f"{'':20}{'MFLOPs':>12}{'':12}{'ms':>12}{'':12}{'of which in':>14}")
     print(
         f"{'part':20}{'forward':>12}{'backward':>12}{'forward':>12}{'backward':>12}"
         f"{'collectives':>14}{'share':>8}"
     )
-    for part, time_ in measured.seconds.items():
-        flops = measured.flops.get(part, nothing)
+    for part in measured.parts:
+        time_ = measured.seconds.get(part, nothing)
+        flops = measured.flops.get(part, no_products)
         waiting = measured.collective_seconds.get(part, nothing)
         share = (time_.forward + time_.backward) / measured.traced_step_seconds
+        mark = " " if flops.exact else "*"
         print(
-            f"{part:20}{flops.forward / 1e6:12.3f}{flops.backward / 1e6:12.3f}"
-            f"{1e3 * time_.forward:12.3f}{1e3 * time_.backward:12.3f}"
+            f"{part:20}{flops.forward / 1e6:12.3f}{flops.backward / 1e6:12.3f}{mark}"
+            f"{1e3 * time_.forward:11.3f}{1e3 * time_.backward:12.3f}"
             f"{1e3 * (waiting.forward + waiting.backward):14.3f}{share:8.1%}"
         )
     share = measured.unattributed_seconds / measured.traced_step_seconds
     print(f"{'unattributed':44}{1e3 * measured.unattributed_seconds:12.3f}{'':26}{share:8.1%}")
     forward = sum(both.forward for both in measured.flops.values())
     backward = sum(both.backward for both in measured.flops.values())
+    exact = all(both.exact for both in measured.flops.values())
     print(
-        f"{'all':20}{forward / 1e6:12.3f}{backward / 1e6:12.3f}"
-        f"{1e3 * measured.traced_step_seconds:12.3f}\n"
+        f"{'all':20}{forward / 1e6:12.3f}{backward / 1e6:12.3f}{' ' if exact else '*'}"
+        f"{1e3 * measured.traced_step_seconds:11.3f}\n"
         f"{'by accounting':20}{measured.accounting_flops_forward / 1e6:12.3f}\n"
         "FLOPs are those of matrix products; waiting for another device counts as time in a "
-        "collective.\n"
-        f"A step takes {1e3 * measured.step_seconds:.3f} ms without the profiler.\n"
+        "collective."
     )
+    if not exact:
+        print(_INEXACT)
+    print(f"A step takes {1e3 * measured.step_seconds:.3f} ms without the profiler.\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ FLOPs are of the forward pass, two per multiply-add, and of two kinds:
   algorithmic  what the papers count: matrix products and attention scores of the experts a token
                chose; router, norms and activations are left out (Switch, section 2.1 and Table 1)
   executed     what the machine does: every slot of every expert whether filled or not, every
-               attention score whether masked or not, and the router (Soft MoE: without its mixing)
+               attention score whether masked or not, and the router (without the products that mix
+               tokens in Soft MoE and in einsum dispatch, and without padding of dropless rows)
 A training step costs about three forward passes; rematerialization adds up to one.
 """
 
@@ -63,7 +64,7 @@ def of_decoder_lm(config: DecoderLMConfig, length: int) -> Accounting:
         slots = moe.slots(num_experts, train=True)
         visited = moe.router.experts_per_token(tokens, num_experts, slots)
         algorithmic += 2 * expert * visited
-        rows = moe.expert_rows(num_experts, train=True)
+        rows = moe.expert_rows(num_experts)
         executed += 2 * (expert * rows + config.width * num_experts)
         activated -= expert * (num_experts - visited)
     return Accounting(parameters, round(activated), algorithmic, executed)

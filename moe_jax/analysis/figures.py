@@ -282,17 +282,17 @@ _PASSES = {"forward": "#009E73", "backward": "#8FD3C0", "collectives, waiting in
 
 
 def save_step_profile(
-    received: Mapping[str, Mapping[str, float]],
+    results: Mapping[str, Mapping[str, float]],
     flops: Mapping[str, tuple[float, ...]],
     seconds: Mapping[str, tuple[float, ...]],
     unattributed: float,
     title: str,
     path: epath.PathLike,
 ) -> None:
-    """Draws what one training step receives, multiplies and takes on one device.
+    """Draws the collectives, matrix products and time of one training step on one device.
 
     Args:
-      received: layer -> collective -> bytes in a step.
+      results: layer -> collective -> bytes of its results in a step.
       flops: part -> FLOPs in the forward and in the backward pass.
       seconds: the same parts -> time of the forward and of the backward pass without collectives,
         and in collectives.
@@ -304,7 +304,7 @@ def save_step_profile(
     figure = Figure(figsize=(11, 3.8 + height), layout="constrained")
     figure.suptitle(title)
     grid = figure.add_gridspec(2, 2, height_ratios=(3.1, height))
-    _draw_received(figure.add_subplot(grid[0, :]), received)
+    _draw_collectives(figure.add_subplot(grid[0, :]), results)
     left = figure.add_subplot(grid[1, 0])
     right = figure.add_subplot(grid[1, 1], sharey=left)
     most = max((sum(values) for values in flops.values()), default=0)
@@ -320,15 +320,15 @@ def save_step_profile(
     figure.savefig(str(path), dpi=120)
 
 
-def _draw_received(axes: Axes, received: Mapping[str, Mapping[str, float]]) -> None:
+def _draw_collectives(axes: Axes, results: Mapping[str, Mapping[str, float]]) -> None:
     """One bar per layer, stacked by collective."""
-    axes.set(ylabel="KiB in a step, on one device", title="Received from other devices, by layer")
-    if not received:
-        axes.text(0.5, 0.5, "one device receives nothing", ha="center", transform=axes.transAxes)
+    axes.set(ylabel="KiB in a step, on one device", title="Results of collectives, by layer")
+    if not results:
+        axes.text(0.5, 0.5, "no collectives", ha="center", transform=axes.transAxes)
         return
-    layers, top = list(received), np.zeros(len(received))
+    layers, top = list(results), np.zeros(len(results))
     for collective, color in _COLLECTIVES.items():
-        heights = np.array([received[layer].get(collective, 0.0) for layer in layers]) / 1024
+        heights = np.array([results[layer].get(collective, 0.0) for layer in layers]) / 1024
         if heights.any():
             axes.bar(layers, heights, bottom=top, color=color, label=collective, width=0.7)
         top += heights

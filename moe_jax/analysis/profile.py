@@ -1,4 +1,4 @@
-"""A step taken apart: what each block and part of the model sends, multiplies and waits for.
+"""A step taken apart: what each block and part of the model exchanges, multiplies and waits for.
 
 Everything is attributed by the name scopes that the model sets with `jax.named_scope` and that XLA
 carries along as op_name: `periods_0_to_2`, `block_1_of_2`, and the names in PARTS. An op_name of a
@@ -22,6 +22,8 @@ PARTS = (
     "embedding", "attention", "feed_forward", "moe", "router", "dispatch", "experts", "combine",
     "statistics", "shared_experts", "logits", "loss", "optimizer",
 )  # fmt: skip
+# And what stands outside them.
+ALL_PARTS = (*PARTS, RESIDUALS, SCAN, OTHER)
 _PERIODS = re.compile(r"periods_(\d+)_to_(\d+)")
 _BLOCK = re.compile(r"block_(\d+)_of_(\d+)")
 
@@ -68,7 +70,9 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one layer receives by one kind of collective over the same mesh axes, on one device.
+    """Results of one kind of collective over the same mesh axes in one layer, on one device.
+
+    Results are more than what is received: an all-gather's hold the device's own part, too.
 
     Attributes:
       layer: see `Place.layer`.
@@ -77,7 +81,7 @@ class Traffic:
       axes: mesh axes that it runs over.
       runs: how often it runs in a step. Collectives that XLA combined count in each layer that they
         serve.
-      bytes: of its results in a step.
+      bytes: of the results, in a step.
       exact: False where a loop of unknown length is around one of them, which counts as one trip, or
         a conditional, whose branches count as taken.
       parts: that it serves.
@@ -101,8 +105,15 @@ class ByDirection:
     backward: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Flops(ByDirection):
+    """Attributes: exact: as in `Traffic`."""
+
+    exact: bool
+
+
 def traffic(program: Program, mesh: Mapping[str, int]) -> list[Traffic]:
-    """What each layer receives from other devices, blocks first and by block.
+    """Results of the collectives of each layer, blocks first and by block.
 
     Args:
       program: of a step.
@@ -110,7 +121,7 @@ def traffic(program: Program, mesh: Mapping[str, int]) -> list[Traffic]:
     """
     Key = tuple[tuple[int, ...], str, str, tuple[str, ...]]
     runs: dict[Key, float] = collections.defaultdict(float)
-    received: dict[Key, float] = collections.defaultdict(float)
+    results: dict[Key, float] = collections.defaultdict(float)
     parts: dict[Key, set[str]] = collections.defaultdict(set)
     inexact: set[Key] = set()
     for collective in program.collectives():
@@ -121,26 +132,28 @@ def traffic(program: Program, mesh: Mapping[str, int]) -> list[Traffic]:
             touched.add(key)
             parts[key].add(place.part)
             share = collective.trips.count / max(len(place.blocks), 1)
-            received[key] += share * piece.array.bytes
+            results[key] += share * piece.array.bytes
         for key in touched:
             runs[key] += collective.trips.count / max(len(key[0]), 1)
             if not collective.trips.exact:
                 inexact.add(key)
     return [
         Traffic(
-            key[1], key[0], key[2], key[3], runs[key], received[key], key not in inexact,
+            key[1], key[0], key[2], key[3], runs[key], results[key], key not in inexact,
             tuple(sorted(parts[key])),
         )
-        for key in sorted(received, key=lambda key: (not key[0], key))
+        for key in sorted(results, key=lambda key: (not key[0], key))
     ]  # fmt: skip
 
 
-def flops_by_part(program: Program) -> dict[str, ByDirection]:
+def flops_by_part(program: Program) -> dict[str, Flops]:
     """FLOPs of the matrix products of each part, of one step on one device."""
-    return _by_part(
-        (Place.of(product.op_name), product.flops * product.trips.count)
-        for product in program.matrix_products()
-    )
+    products = [(Place.of(product.op_name), product) for product in program.matrix_products()]
+    inexact = {place.part for place, product in products if not product.trips.exact}
+    sums = _by_part((place, product.flops * product.trips.count) for place, product in products)
+    return {
+        part: Flops(both.forward, both.backward, part not in inexact) for part, both in sums.items()
+    }
 
 
 def time_by_part(
@@ -167,16 +180,22 @@ def time_by_part(
 
 
 def _by_part(values: Iterable[tuple[Place, float]]) -> dict[str, ByDirection]:
-    """Sums, in the order of PARTS."""
+    """Sums, in the order of ALL_PARTS."""
     sums: dict[tuple[str, bool], float] = collections.defaultdict(float)
     for place, value in values:
         sums[place.part, place.backward] += value
     present = {part for part, _ in sums}
     return {
         part: ByDirection(sums[part, False], sums[part, True])
-        for part in (*PARTS, RESIDUALS, SCAN, OTHER)
+        for part in ALL_PARTS
         if part in present
     }
+
+
+def parts_of(*by_part: Iterable[str]) -> list[str]:
+    """The parts that any of them has, in the order of ALL_PARTS."""
+    present = set().union(*by_part)
+    return [part for part in ALL_PARTS if part in present]
 
 
 def device_seconds(program: Program, trace: epath.PathLike) -> dict[str, float]:

@@ -12,6 +12,8 @@ are bounded by K, by X, and by the number of devices that a device-limited route
 
 import dataclasses
 import enum
+import functools
+import logging
 import math
 from collections.abc import Callable
 
@@ -27,8 +29,10 @@ from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import platform_in_force
 from moe_jax.routing.assignment import Assignment, Mean, Router, TokenAssignment
 
+_LOG = logging.getLogger(__name__)
+
 # A row in a loop over blocks takes about this many times as long as one in a batched product
-# (forward and backward on 2 CPU cores; see docs/benchmarks.md).
+# (forward and backward, d = 256, f = 1024, 256 rows per expert, 2 cores of an Intel Xeon).
 LOOP_COST = 1.4
 
 
@@ -54,8 +58,9 @@ class Dropless:
       transport: how tokens reach the experts' devices.
       wire: in which dtype.
       buffer_factor: rows that a device has room for, as a multiple of what it gets at balance. What
-        does not fit is lost and counted in the statistic `overflow`. 0: room for all that can come,
-        min(K, E/X) * X times the balanced number at most, so nothing is ever lost.
+        does not fit is lost and counted in the statistic `overflow`; what is lost depends on the
+        mesh. 0: room for all that can come, so nothing is ever lost. For X devices that are
+        X / min(K, X) times the tokens and X * min(K, E/X) / K times the rows of experts at balance.
       method: how experts work on their rows.
       grouped_matmul: backends of Method.GROUPED.
     """
@@ -121,18 +126,21 @@ class Dropless:
     def _by_ring(
         self, tokens: "Tokens", experts: Experts, axis: str
     ) -> tuple[jax.Array, jax.Array]:
-        everyones = Tokens(
-            gather_tokens(tokens.x, axis, self.wire),
-            *(gather_tokens(a, axis) for a in (tokens.chosen, tokens.gates, tokens.index)),
-        )
+        with jax.named_scope("dispatch"):
+            everyones = Tokens(
+                gather_tokens(tokens.x, axis, self.wire),
+                *(gather_tokens(a, axis) for a in (tokens.chosen, tokens.gates, tokens.index)),
+            )
         y, done = self._on_experts(everyones, experts, tokens.assignments)
-        return sum_to_owners(y, axis, self.wire), done
+        with jax.named_scope("combine"):
+            return sum_to_owners(y, axis, self.wire), done
 
     def _by_all_to_all(
         self, tokens: "Tokens", experts: Experts, axis: str
     ) -> tuple[jax.Array, jax.Array]:
         devices = jax.lax.axis_size(axis)
-        order, sizes = sort_by_owner(tokens.owners(experts.here, devices), devices)
+        with jax.named_scope("dispatch"):
+            order, sizes = sort_by_owner(tokens.owners(experts.here, devices), devices)
         room = self._room(tokens.most_copies(devices) / devices, most=tokens.count)
         copies = rows_of_owners(order, jnp.cumsum(sizes) - sizes, sizes, room)
 
@@ -142,14 +150,18 @@ class Dropless:
 
         foreign = tokens.sent(copies, exchange, self.wire)
         y, done = self._on_experts(foreign, experts, tokens.assignments)
-        back = exchange(self.wire.pack(y).reshape(devices, room, -1)).astype(y.dtype)
+        with jax.named_scope("combine"):
+            back = exchange(self.wire.pack(y).reshape(devices, room, -1)).astype(y.dtype)
         return tokens.summed(back, copies.reshape(-1)), done
 
     def _by_ragged(
         self, tokens: "Tokens", experts: Experts, axis: str
     ) -> tuple[jax.Array, jax.Array]:
         devices = jax.lax.axis_size(axis)
-        order, sizes = sort_by_owner(tokens.owners(experts.here, devices), devices)
+        if platform_in_force() == "cpu":
+            _log_gathering_once()
+        with jax.named_scope("dispatch"):
+            order, sizes = sort_by_owner(tokens.owners(experts.here, devices), devices)
         most_copies = tokens.most_copies(devices)
         copies = order[:most_copies]
         room = self._room(most_copies, most=devices * tokens.count)
@@ -160,14 +172,16 @@ class Dropless:
 
         foreign = tokens.sent(copies, exchange, self.wire)
         y, done = self._on_experts(foreign, experts, tokens.assignments)
-        rows = ragged.exchange(self.wire.pack(y), most_copies, (back, there), axis)
+        with jax.named_scope("combine"):
+            rows = ragged.exchange(self.wire.pack(y), most_copies, (back, there), axis)
         return tokens.summed(rows.astype(y.dtype), copies), done
 
     def _room(self, balanced: float, most: int) -> int:
         """Rows of a buffer, of which `balanced` are used at balance and never more than `most`."""
         if self.buffer_factor == 0:
             return most
-        return min(most, math.ceil(self.buffer_factor * balanced))
+        # Rounded first, so that 1.1 * 10 = 11.000000000000002 does not round up to 12.
+        return min(most, math.ceil(round(self.buffer_factor * balanced, 6)))
 
     def _on_experts(
         self, tokens: "Tokens", experts: Experts, balanced: int
@@ -184,11 +198,14 @@ class Dropless:
         """
         local = tokens.chosen - experts.first
         local = jnp.where((local >= 0) & (local < experts.here), local, experts.here)
-        order, sizes = sort_by_owner(local, experts.here)
+        with jax.named_scope("dispatch"):
+            order, sizes = sort_by_owner(local, experts.here)
         room = self._room(balanced, most=tokens.count * min(tokens.choices, experts.here))
         starts = jnp.cumsum(sizes) - sizes
         sizes = jnp.clip(room - starts, 0, sizes)
-        if self._spills:
+        spills = self._spills
+        _log_once(Method.SPILL if spills else Method.GROUPED, platform_in_force())
+        if spills:
             rows = _rows_with_spill(tokens, experts, order, starts, sizes, room, balanced)
             gates, _ = varying_alike(tokens.gates, tokens.x)
             y = spill.gated_sums(experts.network, experts.weights, tokens.x, gates, rows)
@@ -250,6 +267,7 @@ class Tokens:
         repeated = jnp.tril(same, k=-1).any(axis=2)
         return jnp.where(repeated, devices, owner)
 
+    @jax.named_scope("dispatch")
     def rows(self, assignments: jax.Array) -> jax.Array:
         """[..., d] the tokens of [...] assignments; 0 for none."""
         return self.x.at[assignments // self.choices].get(mode="fill", fill_value=0)
@@ -258,18 +276,21 @@ class Tokens:
         """[...] indices in the global batch of the tokens of [...] assignments."""
         return self.index.at[assignments // self.choices].get(mode="fill", fill_value=0)
 
+    @jax.named_scope("combine")
     def summed(self, rows: jax.Array, assignments: jax.Array) -> jax.Array:
         """[T, d] sums, in float32 on the way, of rows [R, d] over the tokens of [R] assignments."""
         sums = jnp.zeros_like(self.x, dtype=jnp.float32)
         token = assignments // self.choices
         return sums.at[token].add(rows.astype(jnp.float32), mode="drop").astype(rows.dtype)
 
+    @jax.named_scope("combine")
     def gated_sum(self, rows: jax.Array, assignments: jax.Array) -> jax.Array:
         """[T, d] float32 as `summed`, of rows [..., d] times their gates."""
         gates = self.gates.reshape(-1).at[assignments].get(mode="fill", fill_value=0)
         weighted = rows.astype(jnp.float32) * gates[..., None]
         return self.summed(weighted.reshape(-1, rows.shape[-1]), assignments.reshape(-1))
 
+    @jax.named_scope("dispatch")
     def sent(
         self, copies: jax.Array, exchange: Callable[[jax.Array], jax.Array], wire: Wire
     ) -> "Tokens":
@@ -359,4 +380,17 @@ def _rows_with_spill(
         experts.keys(tokens.rows_index(slotted), jnp.arange(experts.here)[:, None]),
         experts.keys(tokens.rows_index(looped), row_experts(looped_sizes, room)),
         spill_room,
+    )
+
+
+@functools.cache
+def _log_once(method: Method, platform: str) -> None:
+    _LOG.info("dropless dispatch on %s: method %s", platform, method)
+
+
+@functools.cache
+def _log_gathering_once() -> None:
+    _LOG.info(
+        "dropless dispatch: CPUs have no ragged_all_to_all, so every device gathers the rows of all; "
+        "transport=ring sends fewer"
     )

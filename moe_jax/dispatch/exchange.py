@@ -26,7 +26,10 @@ class Transport(enum.StrEnum):
 
 
 class Wire(enum.StrEnum):
-    """In which dtype rows travel, forward and backward: the compute dtype, or bfloat16."""
+    """In which dtype rows travel between devices: the compute dtype, or bfloat16.
+
+    Forward and backward; the sums of the ring are made in it, too.
+    """
 
     COMPUTE = "compute"
     BFLOAT16 = "bfloat16"

@@ -66,17 +66,17 @@ def gated_sums(
 def _forward(
     network: Network, weights: Any, x: jax.Array, gates: jax.Array, rows: Rows
 ) -> tuple[jax.Array, Any]:
-    @jax.named_scope("experts")
     def with_slots(weights: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-        hidden = network.up(weights, _take(x, rows.slots, gates), batched_product)
-        outputs = network.down(weights, hidden, rows.slot_keys, batched_product)
+        inputs = _take(x, rows.slots, gates)
+        with jax.named_scope("experts"):
+            hidden = network.up(weights, inputs, batched_product)
+            outputs = network.down(weights, hidden, rows.slot_keys, batched_product)
         spill = _spill(rows)
         looped = _loop(network, weights, x, gates, spill)
         y = _gated_sum(outputs, rows.slots, gates) + _gated_sum(looped, spill.looped, gates)
         looped = jnp.pad(looped, ((0, rows.looped.size - rows.spill_room), (0, 0)))
         return y, (hidden, outputs, looped)
 
-    @jax.named_scope("experts")
     def loop_alone(weights: Any, x: jax.Array) -> tuple[jax.Array, Any]:
         _, kept = jax.eval_shape(with_slots, weights, x)
         like = (x, gates, *jax.tree.leaves(weights))
@@ -95,30 +95,33 @@ def _backward(network: Network, residuals: Any, gradient: jax.Array) -> tuple[An
     def zeros_like(a: jax.Array, dtype: Any) -> jax.Array:
         return varying_zeros(a.shape, dtype, *like)
 
-    @jax.named_scope("experts")
     def with_slots(gradient: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         of_rows = _take(gradient, rows.slots, gates)
         of_gates = _sum_to_gates(zeros_like(gates, jnp.float32), of_rows * outputs, rows.slots)
         of_outputs = (of_rows * _gates(gates, rows.slots)[..., None]).astype(x.dtype)
-        _, down = jax.vjp(
-            lambda w, h: network.down(w, h, rows.slot_keys, batched_product), weights, hidden
-        )
-        of_weights, of_hidden = down(of_outputs)
         inputs = _take(x, rows.slots, gates)
-        _, up = jax.vjp(lambda w, r: network.up(w, r, batched_product), weights, inputs)
-        of_weights_up, of_inputs = up(of_hidden)
-        of_weights = jax.tree.map(jnp.add, of_weights, of_weights_up)
+        with jax.named_scope("experts"):
+            _, down = jax.vjp(
+                lambda w, h: network.down(w, h, rows.slot_keys, batched_product), weights, hidden
+            )
+            of_weights, of_hidden = down(of_outputs)
+            _, up = jax.vjp(lambda w, r: network.up(w, r, batched_product), weights, inputs)
+            of_weights_up, of_inputs = up(of_hidden)
+        # In float32 from here on, because the loop adds to them block by block.
+        of_weights = jax.tree.map(
+            lambda a, b: a.astype(jnp.float32) + b.astype(jnp.float32), of_weights, of_weights_up
+        )
         sums = (of_weights, _sum(of_inputs, rows.slots, gates), of_gates)
         spilled = looped[: rows.spill_room]
         return _loop_backward(network, weights, x, gates, _spill(rows), gradient, spilled, sums)
 
-    @jax.named_scope("experts")
     def loop_alone(gradient: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
-        of_weights = jax.tree.map(lambda a: zeros_like(a, a.dtype), weights)
+        of_weights = jax.tree.map(lambda a: zeros_like(a, jnp.float32), weights)
         sums = (of_weights, zeros_like(x, jnp.float32), zeros_like(gates, jnp.float32))
         return _loop_backward(network, weights, x, gates, rows, gradient, looped, sums)
 
     of_weights, of_x, of_gates = jax.lax.cond(rows.use_slots, with_slots, loop_alone, gradient)
+    of_weights = jax.tree.map(lambda a, weight: a.astype(weight.dtype), of_weights, weights)
     return of_weights, of_x.astype(x.dtype), of_gates, None
 
 
@@ -135,7 +138,8 @@ def _loop(network: Network, weights: Any, x: jax.Array, gates: jax.Array, rows: 
         return block.write(out, run(network, of_expert, block.rows(inputs), keys, jnp.matmul))
 
     zeros = varying_zeros(inputs.shape, inputs.dtype, inputs, gates, *jax.tree.leaves(weights))
-    return for_each_block(rows.sizes, rows.looped.size, body, zeros)
+    with jax.named_scope("experts"):
+        return for_each_block(rows.sizes, rows.looped.size, body, zeros)
 
 
 def _loop_backward(
@@ -174,7 +178,10 @@ def _loop_backward(
     of_weights, of_x, of_gates = sums
     like = (inputs, of_outputs, *jax.tree.leaves(weights))
     zeros = varying_zeros(inputs.shape, inputs.dtype, *like)
-    of_weights, of_inputs = for_each_block(rows.sizes, rows.looped.size, body, (of_weights, zeros))
+    with jax.named_scope("experts"):
+        of_weights, of_inputs = for_each_block(
+            rows.sizes, rows.looped.size, body, (of_weights, zeros)
+        )
     of_gates = _sum_to_gates(of_gates, of_rows * outputs, rows.looped)
     return of_weights, of_x + _sum(of_inputs, rows.looped, gates), of_gates
 
@@ -189,6 +196,7 @@ def _spill(rows: Rows) -> Rows:
     )
 
 
+@jax.named_scope("dispatch")
 def _take(values: jax.Array, assignments: jax.Array, gates: jax.Array) -> jax.Array:
     """[..., d] of [T, d] the rows of the tokens of [...] assignments; 0 for none."""
     return values.at[assignments // gates.shape[1]].get(mode="fill", fill_value=0)
@@ -199,6 +207,7 @@ def _gates(gates: jax.Array, assignments: jax.Array) -> jax.Array:
     return gates.reshape(-1).at[assignments].get(mode="fill", fill_value=0)
 
 
+@jax.named_scope("combine")
 def _sum(values: jax.Array, assignments: jax.Array, gates: jax.Array) -> jax.Array:
     """[T, d] float32 sums over tokens of [..., d] values of [...] assignments."""
     tokens, choices = gates.shape
@@ -207,6 +216,7 @@ def _sum(values: jax.Array, assignments: jax.Array, gates: jax.Array) -> jax.Arr
     return sums.at[assignments.reshape(-1) // choices].add(wide, mode="drop")
 
 
+@jax.named_scope("combine")
 def _gated_sum(values: jax.Array, assignments: jax.Array, gates: jax.Array) -> jax.Array:
     return _sum(values * _gates(gates, assignments)[..., None], assignments, gates)
 

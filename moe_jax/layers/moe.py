@@ -89,11 +89,11 @@ class MoEConfig:
         policy = Capacity(rule=CapacityRule.NO_DROPS) if self.dispatch.dropless else self.capacity
         return self.router.slots(policy, self.group_size, num_experts, train)
 
-    def expert_rows(self, num_experts: int, train: bool) -> float:
-        """Rows that all experts together work on, for each token of a group."""
+    def expert_rows(self, num_experts: int) -> float:
+        """Rows that all experts together work on in training, for each token of a group."""
         if self.dispatch.dropless:
             return self.router.choices
-        return num_experts * self.slots(num_experts, train) / self.group_size
+        return num_experts * self.slots(num_experts, train=True) / self.group_size
 
 
 @jax.tree_util.register_dataclass
@@ -180,7 +180,11 @@ class MoE(nnx.Module):
           num_experts: E.
           scale: s of the truncated normal with variance s / fan_in (Switch: 0.1).
           key: PRNG key.
+
+        Raises:
+          UserError: the fields of `config` do not fit together.
         """
+        config.validate(num_experts)
         router_key, in_key, out_key = jax.random.split(key, 3)
         self.config = nnx.static(config)
         self.num_experts = num_experts
@@ -237,6 +241,12 @@ class MoE(nnx.Module):
                 "decode token by token; use a token-choice router to generate."
             )
         mesh = mesh_in_force()
+        owners = axis_size(mesh, EXPERT)
+        if self.num_experts % owners:
+            raise UserError(
+                f"the layer has {self.num_experts} experts, which the {owners} devices of mesh axis "
+                "expert do not divide; change one of them."
+            )
         tokens = x.shape[0] * x.shape[1]
         # A decoded row is its own group: nothing is dropped, so groups change nothing but memory.
         group_size = x.shape[1] if mode == Mode.DECODE else self.config.group_size

@@ -15,6 +15,7 @@ the service ends all of them. To end is JAX's doing: an abort (status 134) whose
 "another task died". The same command on every process then continues from the newest checkpoint.
 """
 
+import collections
 import hashlib
 import logging
 from collections.abc import Callable
@@ -84,24 +85,36 @@ def join(
         )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        flag = f"coordinator={coordinator}" if given else "distributed"
+        if given:
+            raise UserError(
+                f"--coordinator={coordinator} does not work here ({reason}); give all processes a "
+                "host:port on which process 0 can listen, and each its own --process_id."
+            ) from error
         raise UserError(
-            f"--{flag} does not work here ({reason}); give --coordinator, --process_count and "
-            "--process_id so that process 0 can listen there."
+            f"--distributed does not work here ({reason}); give --coordinator, --process_count and "
+            "--process_id instead."
         ) from error
 
 
 def _check_place(
     coordinator: str | None, process_count: int | None, process_id: int | None
 ) -> None:
+    explicit = (coordinator, process_count, process_id)
     if coordinator is None or process_count is None or process_id is None:
+        names = ("--coordinator", "--process_count", "--process_id")
+        missing = [name for name, value in zip(names, explicit, strict=True) if value is None]
         raise UserError(
-            f"--coordinator is {coordinator}, --process_count {process_count} and --process_id "
-            f"{process_id}; these three go together, so give all."
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given; "
+            "--coordinator, --process_count and --process_id go together, so give all three."
         )
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--coordinator is {coordinator!r}; write it as host:port.")
+    is_number = port.isascii() and port.isdigit()
+    if not host or not is_number or not 1 <= int(port) <= 65535:
+        raise UserError(
+            f"--coordinator is {coordinator!r}; write it as host:port, with a port from 1 to 65535."
+        )
+    if process_count < 1:
+        raise UserError(f"--process_count is {process_count}; it must be at least 1.")
     if not 0 <= process_id < process_count:
         raise UserError(
             f"--process_id is {process_id}; it must be at least 0 and below "
@@ -110,11 +123,19 @@ def _check_place(
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Checks that the mesh has devices of every process.
+    """Checks that every process has as many devices, and that the mesh has some of every process.
 
     Raises:
-      UserError: a process would have nothing to do, and JAX waits for it for ever.
+      UserError: a process has more or fewer devices than process 0, which JAX cannot arrange when the
+        processes talk; or one would have nothing to do, and JAX waits for it for ever.
     """
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    for process, count in sorted(counts.items()):
+        if count != counts[0]:
+            raise UserError(
+                f"process {process} has {count} devices and process 0 has {counts[0]}; give every "
+                "process the same mesh.host_devices."
+            )
     used = {device.process_index for device in mesh.devices.flat}
     if len(used) < jax.process_count():
         unused = min(set(range(jax.process_count())) - used)

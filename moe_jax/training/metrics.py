@@ -102,6 +102,11 @@ def _by_layer(reports: Sequence[MoEReport]) -> Iterator[dict[str, jax.Array]]:
 
 
 def dropped_fraction(record: Record) -> float:
-    """Mean over MoE layers of the fraction of assignments without a slot; 0 for a dense model."""
-    values = [v for name, v in record.items() if name.endswith("/dropped")]
-    return float(np.mean(values)) if values else 0.0
+    """Mean over MoE layers of the fraction of assignments that no expert served; 0 for dense models.
+
+    They found no slot, or were lost on the way to a dropless layer's device whose buffer was full.
+    """
+    dropped, lost = (
+        [v for name, v in record.items() if name.endswith(end)] for end in ("/dropped", "/overflow")
+    )
+    return float(np.sum(dropped + lost) / len(dropped)) if dropped else 0.0

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from moe_jax.dispatch import slots
+from moe_jax.dispatch import dropless
+from moe_jax.dispatch import slots as slots_of
 from moe_jax.dispatch.dropless import Dropless, Method
 from moe_jax.dispatch.einsum import Einsum
 from moe_jax.dispatch.gather import Gather
@@ -159,6 +160,34 @@ def test_token_choice_and_its_gradients_equal_all_experts(case):
         assert not np.asarray(y)[~served.any(axis=1)].any(), "a dropped token's output is not 0"
 
 
+# 128 tokens, 2 experts; at a mean of 64 rows an expert has 72 slots, and 16 rows may spill.
+@pytest.mark.parametrize(
+    ("loads", "slots", "looped"),
+    [((64, 64), True, [0, 0]), ((80, 48), True, [8, 0]), ((128, 0), False, [128, 0])],
+)
+def test_slots_spill_and_the_loop_alone(loads, slots, looped):
+    rng = np.random.default_rng(0)
+    experts = rng.permutation(np.repeat(np.arange(2, dtype=np.int32), loads))[:, None]
+    x, weights, cotangent = layer(rng, 128, 2)
+    gates = {"gates": numbers(rng, 128, 1)}
+    tokens = dropless.Tokens(jnp.array(x), jnp.array(experts), gates["gates"], jnp.arange(128))
+    here = Experts(2, jnp.int32(0), weights, FeedForwardExpert(0.0), None)
+    order, sizes = dropless.sort_by_owner(tokens.chosen, 2)
+    rows = dropless._rows_with_spill(
+        tokens, here, order, jnp.cumsum(sizes) - sizes, sizes, room=128, balanced=128
+    )
+    assert bool(rows.use_slots) == slots
+    np.testing.assert_array_equal(rows.sizes, looped)
+    # Every assignment is in a slot or in the loop, once.
+    held = np.concatenate([np.ravel(rows.slots), np.asarray(rows.looped)])
+    np.testing.assert_array_equal(np.sort(held[held < 128]), np.arange(128))
+    place = np.zeros((128, 1), np.int32)
+    want = expected(token_loop, cotangent, x, gates, weights, experts, place < 1)
+    got = apply("dropless by spill", x, TokenAssignment(experts, place, gates["gates"], 1), gates,
+                weights, cotangent)  # fmt: skip
+    assert_equal(got, want)
+
+
 @given(st.integers(0, 2**32 - 1), st.sampled_from(SHAPES))
 @settings(max_examples=10, deadline=None)
 def test_expert_choice_and_its_gradients_equal_all_experts(seed, shape):
@@ -240,7 +269,7 @@ def test_experts_learn_which_token_is_in_each_row(name, assignment, tokens):
 
 
 def test_slot_index_of_an_empty_slot_is_harmless():
-    index = slots.slot_index(jnp.array([8, 9, 10]), CHOSEN_BY_EXPERTS, 2)
+    index = slots_of.slot_index(jnp.array([8, 9, 10]), CHOSEN_BY_EXPERTS, 2)
     np.testing.assert_array_equal(index, [[10, 8], [10, 0]])
 
 

@@ -13,12 +13,13 @@ from moe_jax.dispatch import dropless
 from moe_jax.dispatch.dropless import Dropless, Method, Tokens
 from moe_jax.dispatch.exchange import Transport
 from moe_jax.dispatch.grouped_matmul.interface import Backend, GroupedMatmul
-from moe_jax.dispatch.interface import Experts
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
-from moe_jax.layers.moe import FeedForwardExpert, MoE, MoEConfig, TokenInfo
+from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
+from moe_jax.routing.assignment import RouterInputs
 from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.deepseek import DeepSeekV3
 from moe_jax.routing.token_choice import TopK
 
 OWNERS = 4
@@ -64,29 +65,15 @@ def test_a_token_is_sent_once_to_each_device_that_it_needs(chosen, devices):
 
 
 def test_device_limited_routing_bounds_messages():
-    # DeepSeek-V2's bound: 6 choices among the 12 experts of M = 2 of 4 devices.
-    rng = np.random.default_rng(0)
-    chosen = []
-    for _ in range(50):
-        devices = rng.choice(4, 2, replace=False)
-        experts = (devices[:, None] * 3 + np.arange(3)).ravel()
-        chosen.append(rng.permutation(experts))
-    owners = np.asarray(tokens_of(np.array(chosen, np.int32)).owners(3, 4))
-    np.testing.assert_array_equal((owners < 4).sum(axis=1), 2)
-
-
-@pytest.mark.parametrize(("loads", "expected"), [([60, 64, 58, 58], True), ([240, 0, 0, 0], False)])
-def test_slots_are_used_where_the_load_is_even(loads, expected):
-    chosen = np.repeat(np.arange(4, dtype=np.int32), loads)[:, None]
-    tokens = tokens_of(chosen)
-    experts = Experts(4, jnp.int32(0), {"w": jnp.zeros((4, 1, 1))}, FeedForwardExpert(0.0), None)
-    order, sizes = dropless.sort_by_owner(tokens.chosen, 4)
-    starts = jnp.cumsum(sizes) - sizes
-    rows = dropless._rows_with_spill(tokens, experts, order, starts, sizes, 240, 240)
-    assert bool(rows.use_slots) == expected
-    # Every assignment is in a slot or in the loop, once.
-    held = np.concatenate([np.ravel(rows.slots), np.asarray(rows.looped)])
-    np.testing.assert_array_equal(np.sort(held[held < 240]), np.arange(240))
+    # 4 choices among the 12 experts of 2 of 4 groups, each of which is on a device of its own.
+    router, count = DeepSeekV3(k=4, groups=4, groups_per_token=2), 50
+    x = jax.random.normal(jax.random.key(0), (count, 8))
+    parameters = router.init(jax.random.key(1), 8, 12) | router.init_state(12)
+    numbers, key = jnp.arange(count), jax.random.key(2)
+    inputs = RouterInputs(x, numbers >= 0, numbers, numbers, 0 * numbers, key, key, train=True)
+    chosen = np.asarray(router.route(parameters, inputs, 12, count).assignment.experts)
+    owners = np.asarray(tokens_of(chosen).owners(3, 4))
+    assert (owners < 4).sum(axis=1).max() == 2
 
 
 B, L, D, F, E = 8, 8, 4, 8, 8
@@ -136,4 +123,5 @@ def test_a_forced_backend_is_used_on_cpus_too(caplog):
     run = functools.partial(model, info=info, mode=Mode.EVALUATE, key=None)
     with caplog.at_level("INFO", "moe_jax"):
         jax.eval_shape(run, jnp.zeros((B, L, D)))
+    assert "method grouped" in caplog.text
     assert "forward reference" in caplog.text

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from moe_jax.configuration import decode, encode
-from moe_jax.dispatch.grouped_matmul import interface, megablox
+from moe_jax.dispatch.grouped_matmul import blocks, interface, megablox
 from moe_jax.dispatch.grouped_matmul.interface import Backend, GroupedMatmul, grouped_matmul
 from moe_jax.errors import UserError
 
@@ -344,3 +344,22 @@ def test_a_backend_that_cannot_run_here_is_named(monkeypatch, platform, availabl
 def test_the_config_is_rebuilt():
     backends = GroupedMatmul(rhs_gradient=Backend.RAGGED_DOT)
     assert decode(encode(backends), [GroupedMatmul]) == backends
+
+
+def test_blocks_of_every_size_hold_every_row_once():
+    """Groups that need all steps of the ladder, full blocks and partly filled ones."""
+    sizes = np.array([1100, 0, 300, 70, 30, 800, 129], np.int32)
+    total = int(sizes.sum()) + 11
+    rng = np.random.default_rng(0)
+    lhs, gradient = (rng.normal(size=(total, n)).astype(np.float32) for n in (3, 2))
+    rhs = rng.normal(size=(len(sizes), 3, 2)).astype(np.float32)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    want = np.zeros((total, 2), np.float32)
+    want[: len(group)] = np.einsum("rd,rdf->rf", lhs[: len(group)], rhs[group])
+    result = jax.jit(blocks.product, static_argnums=3)(lhs, rhs, sizes, False)
+    np.testing.assert_allclose(result, want, rtol=1e-5, atol=1e-5)
+    ends = np.cumsum(sizes)
+    outer = jax.jit(blocks.outer)(lhs, gradient, sizes)
+    for e, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+        mine = slice(end - size, end)
+        np.testing.assert_allclose(outer[e], lhs[mine].T @ gradient[mine], rtol=1e-4, atol=1e-4)

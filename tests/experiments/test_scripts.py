@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from moe_jax.models.definition import ModelDefinition
+from moe_jax.training import experiment, metrics
 from tests.scripts import script
 
 # The quickstart's config at a size that a test can wait for.
@@ -48,8 +50,17 @@ def test_quickstart_prints_a_sample_a_table_and_what_it_used(quickstart):
         assert words in done.stdout, words
     assert (workdir / "quickstart.png").read_bytes().startswith(b"\x89PNG")
     assert "3/3" in done.stderr and "loss=" in done.stderr and "dropped=" in done.stderr
-    for run in ("moe", "dense"):
-        assert (workdir / run / "metrics.jsonl").exists()
+
+
+def test_the_dense_twin_has_no_experts(quickstart):
+    workdir, _ = quickstart
+    assert "experts" in str(ModelDefinition.of(experiment.load(workdir / "moe").model).axes)
+    assert "experts" not in str(ModelDefinition.of(experiment.load(workdir / "dense").model).axes)
+    moe, dense = (metrics.read(workdir / run)[-1] for run in ("moe", "dense"))
+    assert moe["step"] == dense["step"] == 3
+    assert metrics.dropped_fraction(dense) == 0
+    assert any(name.startswith("router/") for name in moe)
+    assert not any(name.startswith("router/") for name in dense)
 
 
 def test_evaluate_agrees_with_training_and_prints_json_alone(quickstart):

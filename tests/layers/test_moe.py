@@ -7,11 +7,13 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from moe_jax.dispatch.dropless import Dropless, Method
+from moe_jax.dispatch.gather import Gather
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo, number_of_groups
 from moe_jax.parallel.mesh import DATA, EXPERT, MODEL, TOKEN_AXES, MeshConfig, make_mesh
-from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.losses import Losses
 from moe_jax.routing.scores import Exploration
 from moe_jax.routing.token_choice import TopK
@@ -24,7 +26,7 @@ LOSS_WEIGHTS = {"load_balancing": 0.3, "router_z": 0.1}
 MASK = np.arange(B * L).reshape(B, L) % 11 != 5
 
 
-def build(jitter=0.0, **options):
+def build(jitter=0.0, capacity=Capacity(train_factor=1.0), **options):  # noqa: B008
     config = MoEConfig(
         router=TopK(
             k=K,
@@ -32,7 +34,7 @@ def build(jitter=0.0, **options):
             exploration=Exploration.JITTER if jitter else Exploration.ARGMAX,
             exploration_rate=jitter,
         ),
-        capacity=Capacity(train_factor=1.0),
+        capacity=capacity,
         group_size=S,
         **options,
     )
@@ -165,17 +167,22 @@ def test_works_without_a_mesh(expected):
     assert_equals_loop(run(PARAMETERS, vectors(2)), expected)
 
 
-def test_random_draws_do_not_depend_on_the_mesh():
-    graph, parameters = split(build(jitter=0.3, expert_dropout=0.5))
+def noisy_on(dispatch, capacity, shape, seed):
+    """Output and report with jitter and expert dropout."""
+    graph, parameters = split(
+        build(jitter=0.3, expert_dropout=0.5, dispatch=dispatch, capacity=capacity)
+    )
 
     @jax.jit
     def noisy(parameters, x, key):
         return nnx.merge(graph, parameters)(x, token_info(), Mode.TRAIN, key)
 
-    def on(shape, seed):
-        with jax.set_mesh(make_mesh(MeshConfig(*shape))):
-            return jax.device_get(noisy(*sharded(parameters, vectors(2)), jax.random.key(seed)))
+    with jax.set_mesh(make_mesh(MeshConfig(*shape))):
+        return jax.device_get(noisy(*sharded(parameters, vectors(2)), jax.random.key(seed)))
 
+
+def test_random_draws_do_not_depend_on_the_mesh():
+    on = functools.partial(noisy_on, Gather(), Capacity(train_factor=1.0))
     y, report = on((1, 1, 1), seed=5)
     for shape in ((2, 4, 1), (2, 2, 2)):
         other_y, other_report = on(shape, seed=5)
@@ -187,6 +194,13 @@ def test_random_draws_do_not_depend_on_the_mesh():
     assert np.abs(y - plain).max() > 0.1, "expert dropout did nothing"
     assert report.statistics["entropy"] != still.statistics["entropy"], "jitter did nothing"
     assert np.abs(y - on((1, 1, 1), seed=6)[0]).max() > 0.1, "the key does not matter"
+
+
+@pytest.mark.parametrize("method", [Method.SPILL, Method.GROUPED])
+def test_random_draws_do_not_depend_on_the_dispatch(method):
+    y, _ = noisy_on(Gather(), Capacity(rule=CapacityRule.NO_DROPS), (1, 1, 1), seed=5)
+    other_y, _ = noisy_on(Dropless(method=method), Capacity(), (2, 2, 2), seed=5)
+    assert_close(other_y, y, "output")
 
 
 def test_evaluation_draws_nothing():
@@ -234,6 +248,16 @@ def test_too_few_groups_for_the_mesh_is_an_error_of_the_layer():
     with (
         jax.set_mesh(make_mesh(MeshConfig(data=4))),
         pytest.raises(UserError, match=r"2 groups of moe.group_size=32"),
+    ):
+        model(vectors(2), token_info(), Mode.TRAIN, None)
+
+
+def test_experts_that_the_mesh_does_not_divide_are_an_error_of_the_layer():
+    config = MoEConfig(group_size=8)
+    model = MoE(config, D, F, 6, scale=1.0, key=jax.random.key(0))
+    with (
+        jax.set_mesh(make_mesh(MeshConfig(expert=4))),
+        pytest.raises(UserError, match=r"6 experts, which the 4 devices of mesh axis expert"),
     ):
         model(vectors(2), token_info(), Mode.TRAIN, None)
 

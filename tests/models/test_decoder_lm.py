@@ -158,7 +158,7 @@ def plain(tokens):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"remat": Remat.DOTS}, {"remat": Remat.FULL}, {"unroll": True}], ids=str
+    "changes", [{"remat": Remat.DOTS}, {"remat": Remat.FULL, "unroll": True}], ids=str
 )
 def test_remat_and_unroll_change_nothing(tokens, plain, changes):
     loss, gradients = loss_and_gradients(tokens, **changes)

@@ -1,11 +1,14 @@
 """Rows of results: what names them, and the file that keeps them as they come."""
 
 import json
+import logging
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moe_jax.analysis.benchmark.cases import Pass, Shape, Skew
+
+_LOG = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 _CASE = ("tokens", "width", "experts", "k", "skew", "mode")
@@ -33,6 +36,17 @@ def read(log: pathlib.Path) -> list[Row]:
     """Rows of a .jsonl file, without a last line that a kill cut off; none if there is no file."""
     text = log.read_text() if log.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def of_origin(rows: Sequence[Row], origin: Mapping[str, Any]) -> list[Row]:
+    """The rows that have all values of `origin`; the others are counted in the log."""
+    own = [row for row in rows if all(row.get(key) == value for key, value in origin.items())]
+    if len(own) < len(rows):
+        _LOG.info(
+            "%d of %d earlier rows are set aside, because their %s is another one",
+            len(rows) - len(own), len(rows), " or ".join(origin),
+        )  # fmt: skip
+    return own
 
 
 def as_line(row: Row) -> str:

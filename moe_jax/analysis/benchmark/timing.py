@@ -140,6 +140,10 @@ class Schedule:
     seconds: float
 
 
+# For figures that are published.
+THOROUGH = Schedule(rounds=15, least_rounds=3, seconds=3.0)
+
+
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], schedule: Schedule
 ) -> dict[str, np.ndarray]:

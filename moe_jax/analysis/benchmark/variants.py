@@ -76,8 +76,6 @@ VARIANTS: dict[str, Callable[[Shape], Layer]] = {
     "ragged_dot": _dropless(Backend.RAGGED_DOT),
     "all_experts": all_experts,
 }
-# The variants that the goals are about.
-QUICK_VARIANTS = ("gather_cf1.0", "dropless", "ragged_dot")
 
 
 def moe_layer(
