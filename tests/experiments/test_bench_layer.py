@@ -220,7 +220,7 @@ def test_the_grids_are_the_ones_promised():
     assert list(map(str, plan.FULL.names)) == ["uniform", "zipf1.5", "one_hot"]
     assert list(map(str, Pass)) == ["forward", "forward_backward"]
     assert len(plan.QUICK.grid) == 4 and set(plan.QUICK.grid) <= set(plan.FULL.grid)
-    assert all(shape.rows_per_expert >= 200 for shape in plan.QUICK.grid)
+    assert all(shape.rows_per_expert >= report.ENOUGH_ROWS for shape in plan.QUICK.grid)
     assert all(shape.width == 512 for shape, _ in (*plan.QUICK.parts, *plan.FULL.parts))
 
 
@@ -241,19 +241,42 @@ def test_tables_and_goals():
         made_up("ragged_dot", 12.0),
         made_up("dropless", 1.7, skew="zipf1.5"),
         made_up("dropless", 9.0, experts=64),  # Too few rows per expert for the goal.
+        made_up("dropless", 1.0, tokens=128),  # Not for a goal either, because others have more.
+        made_up("ragged_dot", 99.0, tokens=128),
+        made_up("ragged_dot", 99.0, skew="zipf1.5"),
+        {**made_up("ragged_dot", 0, experts=64), "left_out": "takes 3 TFLOP"},
         {**made_up("all_experts", 0), "left_out": "takes 9 TFLOP"},
         {**made_up("dropless", 0), "part": "router", "share": 0.125},
     ]
-    del found[-1]["ratio_to_balanced"], found[-2]["ratio_to_balanced"]
+    for row in found[-3:]:
+        del row["ratio_to_balanced"]
     text = report.layers_page(found)
     assert "| uniform, forward_backward, N/E >= 200 | 0.90 | 1.11 | 1.30 | 12.00 |" in text
     assert "| gather at capacity factor 1.0, uniform, N/E >= 200: time / balanced | <= 1.12 | 1.11 | reached |" in text  # fmt: skip
     assert "| dropless, uniform, N/E >= 200: time / balanced | <= 1.25 | 1.30 | missed |" in text
     assert "| dropless, Zipf 1.5, N/E >= 200: time / balanced | <= 1.6 | 1.70 | missed |" in text
-    assert "| lax.ragged_dot's time / dropless's, 8 experts | >= 8 | 10.0 | reached |" in text
-    assert "64 experts |" not in text
+    assert "| lax.ragged_dot's time / dropless's, 8 experts, uniform, N/E >= 200 | >= 8 | 10.0 | reached |" in text  # fmt: skip
+    assert "64 experts, uniform, N/E >= 200 | >= 30 | not measured: ragged_dot takes 3 TFLOP |  |" in text  # fmt: skip
     assert "- all_experts, tokens 2048, width 256, experts 8, k 2, uniform, forward_backward: takes 9 TFLOP" in text  # fmt: skip
     assert "| 12.5% |" in text
+
+
+def test_a_goal_without_enough_rows_says_which_it_has():
+    found = [made_up("dropless", 2.0, experts=64), made_up("ragged_dot", 20.0, experts=64)]
+    text = report.layers_page(found)
+    assert "64 experts, uniform, N/E < 200 | >= 30 | 10.0 | missed |" in text
+    assert "| dropless, Zipf 1.5, N/E >= 200: time / balanced | <= 1.6 | not measured |  |" in text
+
+
+def test_rows_of_another_origin_are_set_aside(caplog):
+    origin = {"device": "a", "jax": "1", "commit": "c"}
+    found = [origin | {"k": 1}, *(origin | {key: "other"} for key in origin)]
+    found.append(origin | {"commit": "c+changes"})
+    with caplog.at_level("INFO", "moe_jax"):
+        assert rows.of_origin(found, origin) == found[:1]
+    assert "4 of 5 earlier rows are set aside" in caplog.text
+    caplog.clear()
+    assert rows.of_origin(found[:1], origin) == found[:1] and not caplog.text
 
 
 def test_picture(tmp_path):
@@ -291,6 +314,42 @@ def test_products_of_every_operation_agree_with_a_loop():
     assert "| made_up, one_hot, drhs |" in text and "- megablox: " in text
 
 
+def test_a_wrong_product_is_not_the_best_and_a_silent_error_has_a_name(monkeypatch):
+    right_by = products.operation_by
+
+    def operation_by(backend, operation):
+        right = right_by(Backend.RAGGED_DOT, operation)
+
+        def silent(inputs):
+            raise RuntimeError
+
+        def slow(inputs):
+            time.sleep(0.02)
+            return right(inputs)
+
+        return {
+            Backend.AUTO: slow,
+            Backend.RAGGED_DOT: lambda inputs: 1.5 * right(inputs),
+            Backend.BLOCKS: lambda inputs: jnp.nan * right(inputs),
+            Backend.MEGABLOX: silent,
+        }[backend]
+
+    monkeypatch.setattr(products, "operation_by", operation_by)
+    backends = [Backend.AUTO, Backend.RAGGED_DOT, Backend.BLOCKS, Backend.MEGABLOX]
+    found = list(products.measure_products(SMALL_PRODUCT, Skew.ONE_HOT, backends, ONCE))
+    assert len(found) == 3 * len(backends)
+    for silent, best, wrong, not_finite in (found[i : i + 4] for i in (0, 4, 8)):
+        assert silent["backend"] == "megablox" and silent["left_out"] == "RuntimeError"
+        assert best["backend"] == "auto" and best["share_of_best"] == 1
+        assert wrong["relative_error"] == pytest.approx(0.5, rel=0.02)
+        assert not_finite["relative_error"] is None
+        assert wrong["share_of_best"] is not_finite["share_of_best"] is None
+        assert wrong["milliseconds"] < best["milliseconds"]
+    assert "NaN" not in rows.as_json(found)
+    text = report.products_page(found)
+    assert "(1.00)" in text and "(wrong: error 50" in text and "(wrong: not finite)" in text
+
+
 @pytest.mark.parametrize("operation", products.Operation)
 def test_a_wrong_product_is_noticed(operation):
     inputs = products.inputs_of(SMALL_PRODUCT, Skew.ONE_HOT)
@@ -308,6 +367,19 @@ def test_a_wrong_product_is_noticed(operation):
     if operation == products.Operation.DRHS:
         right[1] = np.nan  # What a kernel leaves that does not write empty groups.
         assert not products.relative_error(operation, inputs, right) < 1
+
+
+def test_a_nan_in_the_smallest_group_is_not_hidden_by_the_others():
+    inputs = products.inputs_of(SMALL_PRODUCT, Skew.ZIPF)
+    sizes = np.asarray(inputs.group_sizes)
+    assert sizes.argmin() != sizes.argmax() and sizes.min() > 0
+    group = np.repeat(np.arange(3), sizes)
+    lhs, rhs = (np.asarray(a, np.float32) for a in (inputs.lhs, inputs.rhs))
+    result = np.einsum("rd,rdf->rf", lhs, rhs[group])
+    assert products.relative_error(products.Operation.FORWARD, inputs, result) < 1e-5
+    for wrong in (sizes.argmin(), sizes.argmax()):
+        broken = np.where((group == wrong)[:, None], np.nan, result)
+        assert np.isnan(products.relative_error(products.Operation.FORWARD, inputs, broken))
 
 
 def test_the_models_shapes_are_refused_without_an_accelerator():

@@ -3,10 +3,14 @@
 import gzip
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs.quickstart import get_config
-from moe_jax.analysis.profile import Place, shared_time
+from moe_jax.analysis.hlo import Program
+from moe_jax.analysis.profile import Flops, Place, flops_by_part, parts_of, shared_time
 from tests.scripts import script
 
 LAYERS, WIDTH, MLP_WIDTH, LENGTH, BATCH, GROUP = 2, 32, 64, 32, 16, 64
@@ -62,6 +66,7 @@ def test_flops_are_those_of_the_accounting(profiled):
     assert forward == pytest.approx(result["accounting_flops_forward"])
     assert sum(both["backward"] for both in flops.values()) == pytest.approx(2 * forward)
     assert flops["experts"]["forward"] == LAYERS * SLOTS * 4 * WIDTH * MLP_WIDTH
+    assert all(both["exact"] for both in flops.values())
 
 
 def test_time_is_divided_among_the_parts_and_what_is_left(profiled):
@@ -120,6 +125,26 @@ def test_the_trace_and_the_picture_are_written(profiled):
 def test_places(op_name, place, layer):
     assert Place.of(op_name) == place
     assert place.layer == layer
+
+
+def test_flops_within_a_conditional_are_not_exact():
+    def step(x):
+        with jax.named_scope("experts"):
+            x = jax.lax.cond(x[0] > 1, jnp.sin, lambda x: x @ jnp.ones((8, 8)), x)
+        with jax.named_scope("logits"):
+            return x @ jnp.eye(8)
+
+    program = Program(jax.jit(step).lower(np.ones(8, np.float32)).compile().as_text())
+    assert flops_by_part(program) == {
+        "experts": Flops(128, 0, exact=False),
+        "logits": Flops(128, 0, exact=True),
+    }
+
+
+def test_a_part_with_flops_but_without_time_keeps_its_place():
+    assert parts_of({"loss": 1}, {"other": 2, "attention": 3, "loss": 4}) == [
+        "attention", "loss", "other",
+    ]  # fmt: skip
 
 
 def test_instructions_at_the_same_time_share_it():

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import pytest
@@ -22,16 +23,24 @@ ROOT = pathlib.Path(__file__).parents[2]
     [
         (
             {"coordinator": "a:1", "process_id": 0},
-            "--coordinator is a:1, --process_count None and --process_id 0; these three go together, "
-            "so give all.",
+            "--process_count is not given; --coordinator, --process_count and --process_id go "
+            "together, so give all three.",
         ),
         (
-            {"coordinator": "a", "process_count": 2, "process_id": 0},
-            "--coordinator is 'a'; write it as host:port.",
+            {"process_count": 2},
+            "--coordinator and --process_id are not given; --coordinator, --process_count and "
+            "--process_id go together, so give all three.",
+        ),
+        *(
+            (
+                {"coordinator": address, "process_count": 2, "process_id": 0},
+                f"--coordinator is '{address}'; write it as host:port, with a port from 1 to 65535.",
+            )
+            for address in ("a", "a:b", ":1", "a:", "a:0", "a:65536", "a:\u0661", "a:\u00b2")
         ),
         (
-            {"coordinator": "a:b", "process_count": 2, "process_id": 0},
-            "--coordinator is 'a:b'; write it as host:port.",
+            {"coordinator": "a:1", "process_count": 0, "process_id": 0},
+            "--process_count is 0; it must be at least 1.",
         ),
         (
             {"coordinator": "a:1", "process_count": 2, "process_id": 2},
@@ -55,11 +64,28 @@ def test_without_arguments_nothing_is_joined():
     assert not jax.distributed.is_initialized()
 
 
-def test_a_process_that_cannot_be_started_is_one_sentence():
+@pytest.mark.parametrize(
+    ("arguments", "flag", "advice"),
+    [
+        (
+            {"detect": True},
+            "--distributed",
+            "give --coordinator, --process_count and --process_id instead.",
+        ),
+        (
+            {"coordinator": "a:1", "process_count": 2, "process_id": 0},
+            "--coordinator=a:1",
+            "give all processes a host:port on which process 0 can listen, and each its own "
+            "--process_id.",
+        ),
+    ],
+)
+def test_a_process_that_cannot_be_started_is_one_sentence(arguments, flag, advice):
     jax.devices()
     with pytest.raises(UserError) as error:
-        multihost.join(detect=True)
-    assert str(error.value).startswith("--distributed does not work here (jax.distributed.init")
+        multihost.join(**arguments)
+    assert str(error.value).startswith(f"{flag} does not work here (jax.distributed.init")
+    assert str(error.value).endswith(f"); {advice}")
     assert "\n" not in str(error.value)
 
 
@@ -69,6 +95,18 @@ def test_a_mesh_without_devices_of_a_process_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match=r"has 4 of the 8 devices of 2 processes, .* process 1 "):
         multihost.check_mesh(mesh)
+
+
+def test_processes_with_unequal_devices_are_refused_before_they_talk(monkeypatch):
+    mesh = make_mesh(MeshConfig(expert=4))
+    devices = [types.SimpleNamespace(process_index=index) for index in (0, 0, 0, 1, 1, 1, 2, 2)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(UserError) as error:
+        multihost.check_mesh(mesh)
+    assert str(error.value) == (
+        "process 2 has 2 devices and process 0 has 3; give every process the same "
+        "mesh.host_devices."
+    )
 
 
 def test_alone_the_process_decides_for_itself():

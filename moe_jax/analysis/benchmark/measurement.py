@@ -121,10 +121,16 @@ def _floors(
     key = jax.random.key(2)
     rows = jax.random.normal(key, (shape.assignments, shape.width), compute_dtype())
     by_expert = rows.reshape(shape.experts, shape.rows_per_expert, shape.width)
-    return {
-        DENSE: (Program.of(dense_floor, which, first, rows), first, rows),
-        BALANCED: (Program.of(balanced_floor, which, weights, by_expert), weights, by_expert),
+    floors: dict[str, tuple[Layer, Any, jax.Array]] = {
+        DENSE: (dense_floor, first, rows),
+        BALANCED: (balanced_floor, weights, by_expert),
     }
+
+    def compile_floor(name: str) -> tuple[Program, Any, jax.Array]:
+        floor, its_parameters, its_rows = floors[name]
+        return Program.of(floor, which, its_parameters, its_rows), its_parameters, its_rows
+
+    return dict(zip(floors, _in_threads(compile_floor, floors), strict=True))
 
 
 def _tokens(shape: Shape, skew: Skew, parameters: Any) -> jax.Array:

@@ -33,16 +33,17 @@ Layer = Callable[[Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 DENSE, BALANCED = "dense", "balanced"
 # What the einsum layers have, as GShard and Switch train.
-EINSUM_CAPACITY_FACTOR = 1.25
+EINSUM_CAPACITY = Capacity(train_factor=1.25)
 
 
 def _gather(capacity_factor: float) -> Callable[[Shape], Layer]:
     """All tokens of the device compete for the same slots, so that nothing more is dropped."""
-    return lambda shape: moe_layer(shape, Gather(), shape.tokens, capacity_factor)
+    capacity = Capacity(train_factor=capacity_factor)
+    return lambda shape: moe_layer(shape, Gather(), shape.tokens, capacity)
 
 
 def _einsum(group_size: int) -> Callable[[Shape], Layer]:
-    return lambda shape: moe_layer(shape, Einsum(), group_size, EINSUM_CAPACITY_FACTOR)
+    return lambda shape: moe_layer(shape, Einsum(), group_size, EINSUM_CAPACITY)
 
 
 def _dropless(backend: Backend) -> Callable[[Shape], Layer]:
@@ -79,7 +80,7 @@ VARIANTS: dict[str, Callable[[Shape], Layer]] = {
 
 
 def moe_layer(
-    shape: Shape, dispatch: Dispatch, group_size: int, capacity_factor: float = 1.0
+    shape: Shape, dispatch: Dispatch, group_size: int, capacity: Capacity | None = None
 ) -> Layer:
     """The layer of `moe_jax.layers.moe` as in training, on one device.
 
@@ -87,11 +88,11 @@ def moe_layer(
       shape: of the layer.
       dispatch: the component under test.
       group_size: S, which divides T.
-      capacity_factor: of the training; dropless dispatch does not read it.
+      capacity: of dispatch with slots; None for dropless.
     """
     config = MoEConfig(
         router=TopK(k=shape.k),
-        capacity=Capacity(train_factor=capacity_factor),
+        capacity=capacity or Capacity(),
         group_size=group_size,
         dispatch=dispatch,
     )
