@@ -224,12 +224,12 @@ def save_layer_benchmark(rows: Records, title: str, path: epath.PathLike) -> Non
             panel.tick_params(axis="y", which="minor", labelleft=False)
     for panel in panels[:, 0]:
         panel.set_ylabel("time / balanced floor")
-    handles = {}  # By label: not every variant is measured with every routing.
+    handles: dict[Any, Any] = {}  # By label: not every variant is measured with every routing.
     for panel in panels.flat:
         lines, labels = panel.get_legend_handles_labels()
         handles |= dict(zip(labels, lines, strict=True))
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles),
+        list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles),
         frameon=False,
     )  # fmt: skip
     figure.savefig(str(path), dpi=120)
