@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as arrays
 from moe_jax.dispatch import dropless
 from moe_jax.dispatch.dropless import Dropless, Method, Tokens
 from moe_jax.dispatch.exchange import Transport
+from moe_jax.dispatch.grouped_matmul import interface
 from moe_jax.dispatch.grouped_matmul.interface import Backend, GroupedMatmul
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
@@ -120,6 +121,8 @@ def test_a_forced_backend_is_used_on_cpus_too(caplog):
     config = MoEConfig(TopK(), group_size=L, dispatch=dispatch)
     model = MoE(config, D, F, E, scale=1.0, key=jax.random.key(0))
     info = TokenInfo.of(jnp.zeros((B, L), jnp.int32))
+    for log in (dropless._log_once, interface._log_once):
+        log.cache_clear()  # Other tests may have logged the same.
     run = functools.partial(model, info=info, mode=Mode.EVALUATE, key=None)
     with caplog.at_level("INFO", "moe_jax"):
         jax.eval_shape(run, jnp.zeros((B, L, D)))
