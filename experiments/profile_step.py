@@ -27,8 +27,7 @@ from moe_jax.analysis.hlo import Program
 from moe_jax.analysis.profile import ByDirection, Flops
 from moe_jax.parallel.mesh import parse_mesh
 from moe_jax.training import provenance
-from moe_jax.training.loop import Run
-from moe_jax.training.step import train_step
+from moe_jax.training.loop import Run, signals_of
 
 _CONFIG = command_line.define_config()
 _MESH = flags.DEFINE_string("mesh", "", "Such as data:2,expert:4; default: the config's.")
@@ -111,18 +110,6 @@ def _profile(run: Run, output: epath.Path) -> StepProfile:
     # Otherwise a cached program may come with the name scopes of an older version of the code.
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     data = config.data.open(config.seed)
-    step = jax.jit(
-        train_step(
-            run.definition,
-            config.task,
-            run.optimizer,
-            config.seed,
-            config.skip_nonfinite,
-            config.microbatches,
-        ),
-        donate_argnums=0,
-        out_shardings=(run.shardings, None),
-    )
     size = config.data.batch_size
     batches = [
         run.put(functools.partial(data.rows, number), size) for number in range(_STEPS.value)
@@ -130,13 +117,14 @@ def _profile(run: Run, output: epath.Path) -> StepProfile:
     with jax.set_mesh(run.mesh):
         state = run.initial_state()
         print("compiling", file=sys.stderr)
-        compiled = step.lower(state, batches[0]).compile()
+        signals = signals_of(run.mesh, 0)
+        compiled = run.train_step.lower(state, batches[0], signals).compile()
 
         def steps(state: Any) -> tuple[Any, float]:
             start = time.perf_counter()
             for number, batch in enumerate(batches):
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                    state, metrics = compiled(state, batch)
+                    state, metrics = compiled(state, batch, signals)
                     jax.block_until_ready((state, metrics))
             return state, (time.perf_counter() - start) / len(batches)
 

@@ -4,6 +4,8 @@ The corpus is C4 as TFDS prepares it; `--config.data.dataset` names another. Its
 learned anew: T5's SentencePiece vocabulary has 32,000 pieces and 100 sentinels, in a table of
 32,128 rows.
 
+Activations are bfloat16, parameters and routers float32 (Switch, section 2.4: selective precision).
+
 Attention divides its scores by sqrt(head width) and T5's does not, but starts with queries
 smaller by that factor: the same function, and under Adafactor, whose updates are relative, the
 same training.
@@ -18,7 +20,7 @@ from moe_jax.layers.embedding import EmbeddingScaling
 from moe_jax.layers.feed_forward import Activation, FeedForwardForm
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.encoder_decoder import EncoderDecoderConfig
-from moe_jax.models.stack import SparseDense, StackConfig
+from moe_jax.models.stack import ComputeDtype, SparseDense, StackConfig
 from moe_jax.tasks.text_to_text import TextToText
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.optimizers import Adafactor
@@ -63,6 +65,7 @@ def dense_stack(shape: Shape) -> StackConfig:
         attention=MultiHead(positions=Positions.RELATIVE),
         feed_forward=shape.form,
         moe_every=0,
+        dtype=ComputeDtype.BFLOAT16,
     )
 
 

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -49,6 +50,16 @@ class ImageData(DataConfig):
     def tokens_per_row(self) -> int:
         """1: the throughput counts images, whose patches are the model's business."""
         return 1
+
+    @property
+    def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """See `DataConfig`."""
+        return {
+            "image": jax.ShapeDtypeStruct(
+                (self.image_size, self.image_size, self.channels), np.uint8
+            ),
+            "label": jax.ShapeDtypeStruct((), np.int32),
+        }
 
     def validate(self) -> None:
         """Checks what can be checked without the dataset.

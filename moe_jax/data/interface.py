@@ -9,6 +9,7 @@ import abc
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -82,6 +83,20 @@ class DataConfig(abc.ABC):
     @abc.abstractmethod
     def tokens_per_row(self) -> int:
         """What the throughput counts in a row: tokens, or 1 for an image or a table's row."""
+
+    @property
+    @abc.abstractmethod
+    def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of each array of a row but `domain`: a step is compiled from these, without the data."""
+
+    @property
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of the arrays of a global batch, [B, ...]: those that `Pipeline.rows` gives for all of it."""
+        rows = {**self.row_shapes, "domain": jax.ShapeDtypeStruct((), np.int32)}
+        return {
+            name: jax.ShapeDtypeStruct((self.batch_size, *row.shape), row.dtype)
+            for name, row in rows.items()
+        }
 
     @abc.abstractmethod
     def open(self, seed: int) -> Pipeline:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -99,6 +100,14 @@ class PairData(CorpusData):
     def tokens_per_row(self) -> int:
         """M + N, PAD included."""
         return self.input_length + self.target_length
+
+    @property
+    def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """See `DataConfig`."""
+        return {
+            "inputs": jax.ShapeDtypeStruct((self.input_length,), np.int32),
+            "targets": jax.ShapeDtypeStruct((self.target_length + 1,), np.int32),
+        }
 
     def instruction_of(self, pair: str) -> str:
         """What the inputs of a pair begin with."""

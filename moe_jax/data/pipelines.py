@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -40,6 +41,11 @@ class TextData(CorpusData):
     def tokens_per_row(self) -> int:
         """L."""
         return self.sequence_length
+
+    @property
+    def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """See `DataConfig`."""
+        return {"tokens": jax.ShapeDtypeStruct((self.sequence_length + 1,), np.int32)}
 
     def open(self, seed: int) -> "TextPipeline":
         """Opens, and if necessary prepares, tokenises and packs, the training split."""

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -164,6 +165,14 @@ class SpanCorruptionData(CorpusData):
     def tokens_per_row(self) -> int:
         """M + N."""
         return self.lengths.inputs + self.lengths.targets
+
+    @property
+    def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """See `DataConfig`."""
+        return {
+            "inputs": jax.ShapeDtypeStruct((self.lengths.inputs,), np.int32),
+            "targets": jax.ShapeDtypeStruct((self.lengths.targets + 1,), np.int32),
+        }
 
     def open(self, seed: int) -> "SpanCorruptionPipeline":
         """Opens, and if necessary prepares, tokenises and packs, the training split."""

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from moe_jax.data.interface import DataConfig
@@ -98,6 +99,14 @@ class TableConfig(DataConfig):
     def tokens_per_row(self) -> int:
         """1: throughput counts rows."""
         return 1
+
+    @property
+    def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """See `DataConfig`."""
+        return {
+            "inputs": jax.ShapeDtypeStruct((self.num_inputs,), np.float32),
+            "targets": jax.ShapeDtypeStruct((self.num_targets,), np.float32),
+        }
 
     @property
     @abc.abstractmethod

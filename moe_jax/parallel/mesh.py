@@ -7,9 +7,10 @@ Axes
 """
 
 import dataclasses
-import math
+from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from moe_jax.errors import UserError
@@ -91,10 +92,37 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh {config} needs {config.size} devices but there are {len(devices)} "
             f"({devices[0].device_kind}); lower the mesh or {remedy}."
         )
+    return mesh_of(config, devices[: config.size])
+
+
+def mesh_of(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """Lays the mesh on these devices, neighbours in it near each other in the machine.
+
+    Of devices of several TPU slices, `data` goes over the slices first, so that only data parallelism
+    crosses the slow network between them.
+
+    Args:
+      config: of exactly so many devices.
+      devices: of one process or all, or of a machine that is only compiled for.
+
+    Raises:
+      UserError: `data` does not divide into the slices.
+    """
     shape = (config.data, config.expert, config.model)
-    return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)]
-    )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if config.data % slices:
+        raise UserError(
+            f"mesh.data is {config.data}, which the {slices} slices do not divide; only the data axis "
+            f"goes over slices, so make it a multiple of {slices}."
+        )
+    if slices > 1:
+        within = (config.data // slices, config.expert, config.model)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def mesh_in_force() -> Mesh | jax.sharding.AbstractMesh:

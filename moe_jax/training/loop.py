@@ -87,6 +87,15 @@ class Run:
         mesh = make_mesh(config.mesh)
         multihost.check_mesh(mesh)
         multihost.only_first_informs()
+        return cls.on(config, mesh)
+
+    @classmethod
+    def on(cls, config: Experiment, mesh: Mesh) -> "Run":
+        """Makes the definition of a validated config for a mesh, whose devices need not be here.
+
+        Raises:
+          UserError: the mesh does not divide a parameter.
+        """
         definition = ModelDefinition.of(config.model)
         optimizer = config.optimizer.build(config.steps, definition.axes)
         shapes = state_shapes(definition, optimizer)
@@ -96,6 +105,40 @@ class Run:
     def initial_state(self) -> TrainState:
         """Step 0."""
         return initial_state(self.config.model, self.optimizer, self.config.seed, self.shardings)
+
+    @functools.cached_property
+    def train_step(self) -> Any:
+        """The jitted step (state, batch, signals) -> (state, metrics), which takes over the state.
+
+        `signals` are those of `signals_of`; metrics are whole on every device.
+        """
+        config = self.config
+        one_step = train_step(
+            self.definition,
+            config.task,
+            self.optimizer,
+            config.seed,
+            config.skip_nonfinite,
+            config.microbatches,
+        )
+
+        def step(state: TrainState, batch: Batch, signals: jax.Array) -> tuple[TrainState, Any]:
+            state, step_metrics = one_step(state, batch)
+            return state, {**step_metrics, "signal": signals.max()}
+
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, _whole(self.mesh)))
+
+    def abstract_arguments(self) -> tuple[TrainState, dict[str, Any], jax.ShapeDtypeStruct]:
+        """What `train_step` is called with: shapes and shardings in place of arrays."""
+        rows = NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES))
+        batch = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
+            for name, array in self.config.data.batch_shapes.items()
+        }
+        signals = jax.ShapeDtypeStruct(
+            (self.mesh.size,), np.int32, sharding=NamedSharding(self.mesh, PartitionSpec(AXES))
+        )
+        return abstract_state(self.shapes, self.shardings), batch, signals
 
     def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
         """The state of a checkpoint, laid out for this run's mesh."""
@@ -296,24 +339,7 @@ class _Loop:
     ) -> None:
         self.run, self.data, self.evaluate = run, data, evaluate
         self.checkpoints, self.workdir = checkpoints, workdir
-        config = run.config
-        one_step = train_step(
-            run.definition,
-            config.task,
-            run.optimizer,
-            config.seed,
-            config.skip_nonfinite,
-            config.microbatches,
-        )
-
-        def step(state: TrainState, batch: Batch, signals: jax.Array) -> tuple[TrainState, Any]:
-            state, step_metrics = one_step(state, batch)
-            return state, {**step_metrics, "signal": signals.max()}
-
-        self.train_step = jax.jit(
-            step, donate_argnums=0, out_shardings=(run.shardings, _whole(run.mesh))
-        )
-        self.signals = functools.cache(functools.partial(_signals, run.mesh))
+        self.signals = functools.cache(functools.partial(signals_of, run.mesh))
         self.last_good = 0
         self.checked = 0
 
@@ -330,7 +356,7 @@ class _Loop:
                     batch = self._batch(step)
                     clock.before_call()
                     signals = self.signals(received[0] if received else 0)
-                    state, step_metrics = self.train_step(state, batch, signals)
+                    state, step_metrics = self.run.train_step(state, batch, signals)
                     clock.after_call()
                     # Looked at one step late, so that the next step is already on its way.
                     self._check_finite(step - 1, previous)
@@ -444,7 +470,7 @@ class _Clock:
         }
 
 
-def _signals(mesh: Mesh, number: int) -> jax.Array:
+def signals_of(mesh: Mesh, number: int) -> jax.Array:
     """[devices] int32: the signal that the process of each device has received, 0 for none.
 
     A step returns the largest, so that all processes learn of it from the same step, at the cost of

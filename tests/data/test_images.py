@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from moe_jax.data.builders.mnist5k import read_digits, split_by_label
 from moe_jax.data.images import ImageData, fitted
 from moe_jax.errors import UserError
+from tests.data.shapes import assert_batch_shapes
 
 SIDE = 6
 
@@ -177,3 +178,8 @@ def test_digits_are_read_and_split_by_their_pixels(tmp_path):
     path.write_bytes(b"not gzip")
     with pytest.raises(UserError, match="does not hold images of 28 x 28"):
         read_digits(path)
+
+
+def test_batches_have_the_shapes_that_the_config_says(tiny_images):
+    data = config(tiny_images)
+    assert_batch_shapes(data, data.open(seed=0))

@@ -12,6 +12,7 @@ from moe_jax.data.subword_tokenizer import Subword
 from moe_jax.data.tokenizers import ByteTokenizer
 from moe_jax.decoding.seq2seq import encode_input
 from moe_jax.errors import UserError
+from tests.data.shapes import assert_batch_shapes
 
 BOS, EOS, PAD = ByteTokenizer.BOS, ByteTokenizer.EOS, ByteTokenizer.PAD
 
@@ -203,3 +204,7 @@ def test_bad_fields_are_named(config, changes, message):
         setattr(config, field, value)
     with pytest.raises(UserError, match=message):
         config.open(0)
+
+
+def test_batches_have_the_shapes_that_the_config_says(config):
+    assert_batch_shapes(config, config.open(0))

@@ -7,6 +7,7 @@ import tensorflow_datasets as tfds
 from moe_jax.data.pipelines import TextData, TextPipeline
 from moe_jax.data.tokenizers import ByteTokenizer
 from moe_jax.errors import UserError
+from tests.data.shapes import assert_batch_shapes
 
 LENGTH, BATCH = 32, 16
 
@@ -162,3 +163,8 @@ def test_a_held_out_split_without_a_row(tiny_text):
     pipeline = TextPipeline(_config(tiny_text, sequence_length=5000), seed=0)
     with pytest.raises(UserError, match=r"split='test' .* has no row of sequence_length=5000"):
         pipeline.held_out_batches("test", num_batches=1)
+
+
+def test_batches_have_the_shapes_that_the_config_says(tiny_text):
+    config = _config(tiny_text)
+    assert_batch_shapes(config, TextPipeline(config, seed=0))

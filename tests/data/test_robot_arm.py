@@ -8,6 +8,7 @@ import pytest
 from moe_jax.data import robot_arm
 from moe_jax.data.robot_arm import RobotArm
 from moe_jax.errors import UserError
+from tests.data.shapes import assert_batch_shapes
 
 Q = jnp.array([0.3, -0.2, 0.4, 1.1])
 VELOCITY = jnp.array([0.5, -1.0, 0.8, 1.5])
@@ -62,3 +63,8 @@ def test_rows_are_standardized_and_the_seed_decides():
 def test_too_few_rows_are_refused():
     with pytest.raises(UserError, match=r"data\.train_rows is 1"):
         RobotArm(train_rows=1).validate()
+
+
+def test_batches_have_the_shapes_that_the_config_says():
+    config = RobotArm(train_rows=60, test_rows=20, batch_size=8)
+    assert_batch_shapes(config, config.open(seed=0))

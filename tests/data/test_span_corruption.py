@@ -18,6 +18,7 @@ from moe_jax.data.span_corruption import (
 )
 from moe_jax.data.tokenizers import Bytes, ByteTokenizer
 from moe_jax.errors import UserError
+from tests.data.shapes import assert_batch_shapes
 
 EOS = ByteTokenizer.EOS
 
@@ -144,3 +145,7 @@ def test_bad_fields_are_named(config, changes, message):
         setattr(config, field, value)
     with pytest.raises(UserError, match=message):
         config.validate()
+
+
+def test_batches_have_the_shapes_that_the_config_says(config):
+    assert_batch_shapes(config, config.open(seed=0))

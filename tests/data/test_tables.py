@@ -9,6 +9,7 @@ from moe_jax.data.builders import vowels
 from moe_jax.data.sources import prepare_dataset
 from moe_jax.data.tables import TableData
 from moe_jax.errors import UserError
+from tests.data.shapes import assert_batch_shapes
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,8 @@ def test_what_the_dataset_lacks_is_named(vowel_dir, changes, message):
     with pytest.raises(UserError) as raised:
         data.open(seed=0)
     assert message in str(raised.value)
+
+
+def test_batches_have_the_shapes_that_the_config_says(vowel_dir):
+    data = TableData(data_dir=vowel_dir)
+    assert_batch_shapes(data, data.open(seed=0))

@@ -50,6 +50,9 @@ def test_small_parameters_are_not_split_to_save_memory(mesh):
     assert spec(129) == PartitionSpec(None, "model")
     # The stacking axis does not make a parameter large: each layer is gathered by itself.
     assert spec(129, ("layers", "embed", "mlp"), (10, 16, 8)) == PartitionSpec(None, None, "model")
+    # 14 rows are divided by one of the axes, 15 by none.
+    assert spec(0, shape=(14, 8)) == PartitionSpec(("data",), "model")
+    assert spec(0, shape=(15, 8)) == PartitionSpec(None, "model")
     # A small parameter need not be divisible.
     assert spec(129, shape=(15, 8)) == PartitionSpec(None, "model")
     # Experts are always split, as the MoE layer expects.

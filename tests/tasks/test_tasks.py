@@ -171,6 +171,7 @@ class NoText(DataConfig):
     """Data of another kind."""
 
     tokens_per_row = 1
+    row_shapes = {}
 
     def open(self, seed):
         raise NotImplementedError
