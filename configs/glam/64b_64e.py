@@ -10,6 +10,8 @@ decoders.py), the position biases, loss coefficient and capacity factor.
 
 from configs.glam.decoders import VOCABULARY, decoder
 from moe_jax.analysis.published import Published, Quantity
+from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.pods.layouts import PodLayout
 from moe_jax.training.experiment import Experiment
 
 PUBLISHED = (
@@ -25,6 +27,8 @@ PUBLISHED = (
         ),
     ),
 )
+
+PODS = (PodLayout("v4:8x8x16", MeshConfig(data=32, expert=8, model=4)),)
 
 
 def get_config() -> Experiment:

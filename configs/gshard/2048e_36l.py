@@ -6,9 +6,21 @@ core-years. The paper prints 36684 experts in all, for 36864.
 
 from configs.gshard.translation import gshard
 from moe_jax.analysis.published import Published, Quantity
+from moe_jax.models.stack import Remat
+from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.pods.layouts import PodLayout
 from moe_jax.training.experiment import Experiment
 
 PUBLISHED = (Published(Quantity.PARAMETERS, "600B", "GShard, Table 1", relative_tolerance=0.07),)
+
+PODS = (
+    PodLayout(
+        "v3:32x32",
+        # The paper, too, keeps all but the experts whole on every core.
+        MeshConfig(expert=2048),
+        {"model.encoder.remat": Remat.FULL, "model.decoder.remat": Remat.FULL},
+    ),
+)
 
 
 def get_config() -> Experiment:

@@ -6,6 +6,9 @@ image: the experts work as much as dense layers.
 
 from configs.soft_moe import jft4b
 from moe_jax.analysis.published import Published, Quantity
+from moe_jax.models.stack import Remat
+from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.pods.layouts import PodLayout
 from moe_jax.training.experiment import Experiment
 
 PUBLISHED = (
@@ -21,6 +24,15 @@ PUBLISHED = (
         "342.4G",
         "Soft MoE, Table 8",
         note=f"not reproduced: 341.4G; {jft4b.PRODUCTS_ALONE}",
+    ),
+)
+
+PODS = (
+    PodLayout(
+        "v3:16x16",
+        MeshConfig(data=2, expert=256),
+        {"model.remat": Remat.FULL},
+        note="the paper used TPU v3, of a number of cores that was not at hand",
     ),
 )
 

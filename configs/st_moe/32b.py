@@ -9,6 +9,9 @@ with the attention scores and exactly without.
 from configs.st_moe.transformer import st_moe
 from configs.switch import t5
 from moe_jax.analysis.published import Published, Quantity
+from moe_jax.models.stack import Remat
+from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.pods.layouts import PodLayout
 from moe_jax.training.experiment import Experiment
 
 PUBLISHED = (
@@ -18,6 +21,15 @@ PUBLISHED = (
         "20.2T",
         "ST-MoE, Table 1",
         note="not reproduced: 20.3T; 20.2T without attention scores",
+    ),
+)
+
+PODS = (
+    PodLayout(
+        "v3:16x32",
+        MeshConfig(expert=64, model=16),
+        {"model.encoder.remat": Remat.FULL, "model.decoder.remat": Remat.FULL},
+        note="the mesh is the paper's; it does not say of which TPU the 1,024 cores are",
     ),
 )
 

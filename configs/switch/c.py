@@ -11,6 +11,9 @@ tokens for 2048 experts always have: the same as a factor of 2 here.
 from configs.switch import t5
 from configs.switch.transformer import switch
 from moe_jax.analysis.published import Published, Quantity
+from moe_jax.models.stack import Remat
+from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.pods.layouts import PodLayout
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.training.experiment import Experiment
 
@@ -22,6 +25,16 @@ PUBLISHED = (
         "Switch, Table 9",
         note="printed to two digits",
         relative_tolerance=0.005,
+    ),
+)
+
+PODS = (
+    PodLayout(
+        "v5p:8x8x8",
+        MeshConfig(expert=128, model=4),
+        {"model.encoder.remat": Remat.FULL, "model.decoder.remat": Remat.FULL},
+        note="the paper has expert parallelism alone and does not name its machine; the decoder's 128 "
+        "groups of tokens divide over at most 128 devices, so that four work on each group here",
     ),
 )
 

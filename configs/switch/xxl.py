@@ -10,6 +10,9 @@ nothing.
 from configs.switch import t5
 from configs.switch.transformer import switch
 from moe_jax.analysis.published import Published, Quantity
+from moe_jax.models.stack import Remat
+from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.pods.layouts import PodLayout
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.training.experiment import Experiment
 
@@ -21,6 +24,15 @@ PUBLISHED = (
         note="erratum: 128 experts make 395B; the 64 that the table prints would make 201B",
     ),
     Published(Quantity.FLOPS_PER_SEQUENCE, "6.3T", "Switch, Table 9"),
+)
+
+PODS = (
+    PodLayout(
+        "v5p:4x8x8",
+        MeshConfig(expert=64, model=4),
+        {"model.encoder.remat": Remat.FULL, "model.decoder.remat": Remat.FULL},
+        note="the paper does not name its machine",
+    ),
 )
 
 

@@ -13,6 +13,9 @@ import dataclasses
 
 from configs.vmoe import backbones, jft
 from moe_jax.analysis.published import Published, Quantity
+from moe_jax.models.stack import Remat
+from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.pods.layouts import PodLayout
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.optimizers import Adafactor
 from moe_jax.training.schedules import Schedule
@@ -28,6 +31,15 @@ PUBLISHED = (
 )
 
 CLASSES = 29_593
+
+PODS = (
+    PodLayout(
+        "v3:8x16",
+        MeshConfig(data=8, expert=32),
+        {"model.remat": Remat.FULL},
+        note="the paper used TPU v3, of a number of cores that was not at hand",
+    ),
+)
 
 
 def get_config() -> Experiment:

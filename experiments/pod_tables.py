@@ -1,0 +1,164 @@
+"""The page of the published giants on their machines, docs/pods.md; and how its numbers are made.
+
+    python experiments/pod_tables.py                                    the page, from the reports
+    python experiments/pod_tables.py --compile [--only=configs/glam/64b_64e.py ...]
+
+The reports are in docs/results/pods, in a folder for each version of the compiler, and are the budgets
+of `make test-pods`. --compile makes those that are not there yet with the compiler that is installed,
+in two processes at a time, each of which takes up to ten minutes of a core; `rm` one to have it made anew.
+"""
+
+import concurrent.futures
+import json
+import pathlib
+import subprocess
+import sys
+
+from absl import flags
+from etils import epath
+from tqdm import tqdm
+
+from moe_jax import command_line
+from moe_jax.errors import UserError
+from moe_jax.pods import budgets
+from moe_jax.pods.compile import compiler_version
+from moe_jax.pods.report import GIB, PodReport
+from moe_jax.pods.search import write
+
+_COMPILE = flags.DEFINE_bool("compile", False, "Make the reports that are missing.")
+_ONLY = flags.DEFINE_multi_string("only", [], "Config files to compile; default: all giants.")
+
+_ROOT = pathlib.Path(__file__).parents[1]
+
+HEAD = """\
+# Published giants on their machines
+
+Each row is the training step that `train.py` runs, compiled for the whole machine by libtpu on a host
+without TPUs: the published global batch, length and optimizer, parameters and optimizer state in
+the dtypes that are named. `experiments/compile_pod.py --config=FILE` makes a row anew in minutes and
+says more of it; `make test-pods` holds some rows to these numbers.
+
+- HBM: of a device, all that the step needs, and what the compiler lets it have.
+- TFLOPs: what a device executes in a step, and how much of it is algorithmic (three forward passes
+  of chosen experts; the rest is recomputation, capacity that is not filled, attention to masked
+  positions, routers).
+- Sent: results of a step's collectives on a device, by kind.
+- Roofline: no step is faster than the slowest of compute, memory and interconnect at the peaks of the
+  data sheets, if all overlap. MFU: algorithmic FLOPs at that speed over the matrix peak, and the same if
+  nothing overlaps.
+
+"""
+
+
+def main() -> None:
+    """Compiles what is missing if asked to, and prints the page."""
+    if _COMPILE.value:
+        _compile(_ONLY.value or list(budgets.GIANTS))
+    print(page(newest_reports()), end="")
+
+
+def newest_reports() -> list[PodReport]:
+    """One for each giant that has any, by the newest compiler.
+
+    Raises:
+      UserError: there is none at all.
+    """
+    folders = sorted(budgets.RESULTS.glob("libtpu-*"), key=_version)
+    reports = []
+    for config in budgets.GIANTS:
+        name = budgets.budget_file(config, "").name
+        found = [folder / name for folder in folders if (folder / name).exists()]
+        if found:
+            reports.append(PodReport.read(json.loads(found[-1].read_text())))
+    if not reports:
+        raise UserError(f"{budgets.RESULTS} has no reports; make them with --compile.")
+    return reports
+
+
+def _version(folder: pathlib.Path) -> list[int]:
+    return [int(part) for part in folder.name.removeprefix("libtpu-").split(".")]
+
+
+def _compile(configs: list[str]) -> None:
+    compiler = compiler_version("tpu")
+    missing = [one for one in configs if not budgets.budget_file(one, compiler).exists()]
+    with (
+        concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool,
+        tqdm(total=len(missing), unit="model") as bar,
+    ):
+        for future in concurrent.futures.as_completed(
+            [pool.submit(_compile_one, config, compiler) for config in missing]
+        ):
+            bar.write(future.result(), file=sys.stderr)
+            bar.update()
+
+
+def _compile_one(config: str, compiler: str) -> str:
+    """Compiles in a process of its own, which gives its memory back; returns what came of it."""
+    command = [sys.executable, "experiments/compile_pod.py", f"--config={config}", "--format=json"]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+    if not done.stdout:
+        return f"{config}: {done.stderr.strip().splitlines()[-1]}"
+    report = PodReport.read(json.loads(done.stdout))
+    path = budgets.budget_file(config, compiler)
+    write(report, epath.Path(path))
+    return f"{config}: {'fits' if report.fits else 'does not fit'}, in {path}"
+
+
+def page(reports: list[PodReport]) -> str:
+    """The page, in Markdown."""
+    lines = [HEAD.rstrip("\n"), ""]
+    lines.append(
+        "| model | machine | mesh and layout | batch | parameters | optimizer | HBM, GiB | TFLOPs | "
+        "sent, GiB | roofline | MFU |"
+    )
+    lines.append("|" + "---|" * 11)
+    lines += [_row(one) for one in reports]
+    lines += ["", "Notes:", ""]
+    lines += [f"- {_name(one)}: {one.note}" for one in reports if one.note]
+    versions = ", ".join(sorted({one.compiler for one in reports}))
+    lines += ["", f"Compiled by {versions}."]
+    return "\n".join(lines) + "\n"
+
+
+def _name(report: PodReport) -> str:
+    return report.config.removeprefix("configs/").removesuffix(".py")
+
+
+def _row(report: PodReport) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1)
+    layout = ", ".join(
+        f"{path.removeprefix('model.')} {value}" for path, value in report.changes.items()
+    )
+    length = report.tokens_per_step // report.rows_per_step
+    batch = f"{report.rows_per_step:,}" + (f" x {length}" if report.unit == "token" else " images")
+    line = report.roofline
+    share = report.algorithmic_flops_per_device / (report.flops_per_device or 1)
+    sent: dict[str, int] = {}
+    for one in report.collectives:
+        sent[one.kind] = sent.get(one.kind, 0) + one.bytes
+    largest = sorted(sent.items(), key=lambda pair: -pair[1])
+    return (
+        "| "
+        + " | ".join(
+            (
+                f"[{_name(report)}](../{report.config})",
+                f"{report.topology}, {report.chips:,} chips, {report.devices:,} devices",
+                mesh + (f"; {layout}" if layout else ""),
+                batch,
+                f"{report.params / 1e9:,.1f}B {report.parameter_dtype}",
+                report.optimizer,
+                f"{report.hbm_bytes / GIB:.1f} of {report.hbm.capacity / GIB:.1f}"
+                + ("" if report.fits else ", **does not fit**"),
+                f"{report.flops_per_device / 1e12:,.0f}, {share:.0%} algorithmic" if line else "",
+                ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in largest if size > GIB / 20),
+                f"{line.step_seconds:.2f} s, {line.binding}" if line else "",
+                f"{line.mfu:.0%}, {line.mfu_without_overlap:.0%}" if line else "",
+            )
+        )
+        + " |"
+    )
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,74 @@
+"""The published giants on their machines, and what their steps were found to cost.
+
+docs/results/pods/<compiler>/ has a report for each. They are budgets: a change that makes a step
+larger, or sends something else, is noticed.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+from moe_jax.pods.report import GIB, CollectiveSum, PodReport
+
+RESULTS = pathlib.Path(__file__).parents[2] / "docs/results/pods"
+TOLERANCE = 0.05
+
+# Config files, in the order of publication.
+GIANTS = (
+    "configs/gshard/2048e_36l.py",
+    "configs/switch/c.py",
+    "configs/switch/xxl.py",
+    "configs/vmoe/vmoe_15b.py",
+    "configs/glam/64b_64e.py",
+    "configs/st_moe/32b.py",
+    "configs/soft_moe/soft_h14_256e.py",
+    "configs/deepseek_moe/145b.py",
+    "configs/mixtral/8x22b.py",
+    "configs/deepseek_v3/v3.py",
+)
+
+
+def budget_file(config: str, compiler: str) -> pathlib.Path:
+    """Where the report of a config file by a compiler (`libtpu 0.0.42.1`) is committed."""
+    path = pathlib.Path(config)
+    return RESULTS / compiler.replace(" ", "-") / f"{path.parent.name}_{path.stem}.json"
+
+
+def budget_of(config: str, compiler: str) -> PodReport | None:
+    """The committed report, None where this compiler has none."""
+    path = budget_file(config, compiler)
+    return PodReport.read(json.loads(path.read_text())) if path.exists() else None
+
+
+def violations(report: PodReport, budget: PodReport | None) -> list[str]:
+    """What is wrong with a step, in a sentence each; empty if nothing is.
+
+    Args:
+      report: of the step as it is.
+      budget: by the same compiler; without one only fit and FLOPs are looked at.
+    """
+    found = []
+    if not report.fits:
+        found.append(f"it does not fit: {report.refusal or report.hbm}.")
+    ratio = report.flops_per_device / report.accounted_flops_per_device
+    if abs(ratio - 1) > TOLERANCE:
+        found.append(f"it executes {ratio:.3f} of the FLOPs that the accounting has.")
+    if budget is None:
+        return found
+    ratio = report.hbm_bytes / budget.hbm_bytes
+    if abs(ratio - 1) > TOLERANCE:
+        found.append(
+            f"it takes {report.hbm_bytes / GIB:.2f} GiB, {ratio:.3f} of the budget's "
+            f"{budget.hbm_bytes / GIB:.2f}."
+        )
+    ours, theirs = _lines(report.collectives), _lines(budget.collectives)
+    found += [f"it has a collective that the budget lacks: {one}." for one in sorted(ours - theirs)]
+    found += [f"it lacks a collective of the budget: {one}." for one in sorted(theirs - ours)]
+    return found
+
+
+def _lines(collectives: Sequence[CollectiveSum]) -> set[str]:
+    return {
+        f"{one.count} x {one.kind} over {' x '.join(one.axes)}, {one.bytes:,} bytes"
+        for one in collectives
+    }

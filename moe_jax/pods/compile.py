@@ -1,0 +1,272 @@
+"""The training step of a config, compiled for a machine that need not be here.
+
+For TPUs libtpu compiles on any Linux x86-64 host. GPUs must be there, and as many as the mesh has;
+without them XLA for CPU compiles the same mesh, whose collectives and memory are near those of GPUs,
+while its FLOPs are those of CPU code, without attention kernels.
+"""
+
+import collections
+import importlib.metadata
+import logging
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax.analysis.accounting.costs import count
+from moe_jax.analysis.accounting.training import TrainingFlops, training_flops
+from moe_jax.analysis.hlo import Program
+from moe_jax.errors import UserError
+from moe_jax.parallel.mesh import force_host_devices, mesh_of
+from moe_jax.pods import hardware
+from moe_jax.pods.hardware import Topology
+from moe_jax.pods.report import GIB, CollectiveSum, Memory, PodReport, Terms
+from moe_jax.pods.roofline import collective_seconds, roofline
+from moe_jax.training.experiment import Experiment
+from moe_jax.training.loop import Run
+
+_LOG = logging.getLogger(__name__)
+
+_REFUSAL = re.compile(r"\((?P<needed>[\d.]+)(?P<unit>[KMGT])\) exceeds available HBM")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def compile_step(
+    config: Experiment,
+    topology: Topology,
+    *,
+    name: str = "the config",
+    note: str = "",
+    changes: Mapping[str, Any] | None = None,
+) -> PodReport:
+    """Compiles the step that the trainer runs, at the global batch, and reads the program.
+
+    Args:
+      config: laid out for the machine.
+      topology: the machine.
+      name: what the report calls the config.
+      note, changes: of its layout.
+
+    Raises:
+      UserError: the config is not valid, its mesh has not as many devices as the machine, or the
+        machine's compiler is not installed. A step that does not fit is no error: see `fits`.
+    """
+    if config.mesh.size != topology.devices:
+        raise UserError(
+            f"the mesh {config.mesh} has {config.mesh.size} devices, but {topology.name} has "
+            f"{topology.devices} ({topology.chips} chips); make the axes multiply to that."
+        )
+    config.validate()
+    devices, platform = _devices(topology)
+    run = Run.on(config, mesh_of(config.mesh, devices))
+    start = time.perf_counter()
+    compiled, refusal = _compile(run)
+    seconds = time.perf_counter() - start
+    memory = _memory(run, topology, compiled, refusal)
+    accounted = training_flops(config.model, config.data, platform, run.mesh.shape)
+    report = _Reading(run, topology, compiled, accounted)
+    return PodReport(
+        config=name,
+        changes=dict(changes or {}),
+        note=note,
+        topology=topology.compiler_name,
+        hardware=topology.name,
+        compiled_for=platform,
+        compiler=compiler_version(platform),
+        chips=topology.chips,
+        devices=topology.devices,
+        mesh=dict(run.mesh.shape),
+        params=count(run.shapes.parameters),
+        parameter_dtype=_dtypes(run.shapes.parameters),
+        optimizer=f"{type(config.optimizer).__name__} ({_dtypes(run.shapes.optimizer)})",
+        rows_per_step=config.data.batch_size,
+        tokens_per_step=config.data.batch_size * config.data.tokens_per_row,
+        unit="token" if config.data.tokens_per_row > 1 else "image",
+        hbm=memory,
+        fits=not refusal and not memory.missing,
+        refusal=refusal,
+        flops_per_device=report.flops,
+        accounted_flops_per_device=accounted.executed / topology.devices,
+        algorithmic_flops_per_device=accounted.algorithmic / topology.devices,
+        memory_bytes_per_device=report.memory_bytes,
+        collectives=report.collectives,
+        roofline=report.terms() if compiled else None,
+        exact=report.exact,
+        compile_seconds=seconds,
+    )
+
+
+def compiler_version(platform: str) -> str:
+    """Such as `libtpu 0.0.42.1`; of XLA itself for other platforms."""
+    package = "libtpu" if platform == "tpu" else "jaxlib"
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def _devices(topology: Topology) -> tuple[Sequence[jax.Device], str]:
+    """(devices to compile for, their platform)."""
+    if topology.chip.platform == "tpu":
+        return hardware.describe(topology), "tpu"
+    if jax.default_backend() == "gpu" and jax.device_count() >= topology.devices:
+        return jax.devices()[: topology.devices], "gpu"
+    force_host_devices(topology.devices)
+    _LOG.warning(
+        "There are not %s GPUs here, so XLA for CPU compiles the mesh: collectives and memory are near "
+        "those of GPUs, FLOPs and times are those of CPU code on this hardware.",
+        topology.devices,
+    )
+    return jax.devices("cpu")[: topology.devices], "cpu"
+
+
+def _compile(run: Run) -> tuple[Any, str]:
+    """(compiled step, "") or (None, why the compiler refused it for lack of memory)."""
+    with _no_cache(), jax.set_mesh(run.mesh):
+        lowered = run.train_step.lower(*run.abstract_arguments())
+        try:
+            return lowered.compile(), ""
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None, str(error).split("\n", 1)[0]
+
+
+@contextmanager
+def _no_cache() -> Iterator[None]:
+    """The cache of compiled programs asks for a device to load one into."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+
+
+def _memory(run: Run, topology: Topology, compiled: Any, refusal: str) -> Memory:
+    parameters = _bytes_per_device(run.shapes.parameters, run.shardings.parameters)
+    optimizer_state = _bytes_per_device(run.shapes.optimizer, run.shardings.optimizer)
+    capacity = topology.chip.hbm
+    if compiled:
+        found = compiled.memory_analysis()
+        return Memory(
+            arguments=found.argument_size_in_bytes,
+            parameters=parameters,
+            optimizer_state=optimizer_state,
+            outputs=found.output_size_in_bytes,
+            aliased=found.alias_size_in_bytes,
+            temporaries=found.temp_size_in_bytes,
+            program=found.generated_code_size_in_bytes,
+            capacity=capacity,
+        )
+    state = parameters + optimizer_state
+    needed = _REFUSAL.search(refusal)
+    total = int(float(needed["needed"]) * _UNITS[needed["unit"]]) if needed else None
+    return Memory(
+        arguments=state,
+        parameters=parameters,
+        optimizer_state=optimizer_state,
+        outputs=state,
+        aliased=state,
+        temporaries=None if total is None else max(total - state, 0),
+        program=0,
+        capacity=capacity,
+    )
+
+
+def _bytes_per_device(shapes: Any, shardings: Any) -> int:
+    sizes = jax.tree.map(
+        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        shapes,
+        shardings,
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def _dtypes(tree: Any) -> str:
+    """The dtypes of all arrays with a dimension, such as float32."""
+    names = {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if leaf.shape}
+    return ", ".join(sorted(names))
+
+
+class _Reading:
+    """What the text of a compiled step says; nothing where there is none.
+
+    Attributes:
+      flops: of matrix products and kernels, on one device, with experts in balance.
+      memory_bytes: over the border of HBM.
+      collectives: by kind and axes, the slowest first.
+      exact: whether all loops have a known length.
+    """
+
+    def __init__(
+        self, run: Run, topology: Topology, compiled: Any, accounted: TrainingFlops
+    ) -> None:
+        self._mesh, self._topology, self._accounted = run.mesh, topology, accounted
+        self._tokens = run.config.data.batch_size * run.config.data.tokens_per_row
+        self.flops = self.memory_bytes = 0.0
+        self.collectives: tuple[CollectiveSum, ...] = ()
+        self.exact = True
+        if not compiled:
+            return
+        program = Program(compiled.as_text() or "")
+        work = [*program.matrix_products(), *program.kernels()]
+        in_program = float(sum(one.flops * one.trips.count for one in work))
+        self.flops = in_program - accounted.skipped / topology.devices
+        traffic = program.memory_bytes()
+        self.memory_bytes = traffic.count
+        self._found = program.collectives()
+        self.collectives = _summed(self._found, run.mesh, topology)
+        self.exact = all(one.trips.exact for one in work) and traffic.exact
+
+    def terms(self) -> Terms:
+        """The roofline."""
+        peak = self._topology.chip.matrix_flops * self._topology.devices
+        line = roofline(self.flops, self.memory_bytes, self._found, self._mesh, self._topology)
+        return Terms(
+            compute=line.compute,
+            memory=line.memory,
+            interconnect=line.interconnect,
+            network=line.network,
+            binding=line.binding,
+            step_seconds=line.seconds,
+            mfu=self._accounted.algorithmic / peak / line.seconds,
+            mfu_without_overlap=self._accounted.algorithmic / peak / line.sum,
+            tokens_per_second_per_chip=self._tokens / line.seconds / self._topology.chips,
+        )
+
+
+def _summed(found: Any, mesh: Mesh, topology: Topology) -> tuple[CollectiveSum, ...]:
+    """Collectives of a program by kind and axes, the slowest first."""
+    grouped = collections.defaultdict(list)
+    for one in found:
+        grouped[one.name, one.axes(mesh.shape)].append(one)
+    sums = [
+        CollectiveSum(
+            kind=kind,
+            axes=axes,
+            count=sum(one.trips.count for one in ones),
+            bytes=sum(one.trips.count * one.bytes for one in ones),
+            seconds=sum(
+                one.trips.count * sum(collective_seconds(one, mesh, topology)) for one in ones
+            ),
+            exact=all(one.trips.exact for one in ones),
+        )
+        for (kind, axes), ones in grouped.items()
+    ]
+    return tuple(sorted(sums, key=lambda one: (-one.seconds, one.kind, one.axes)))
+
+
+def refusal_sentence(report: PodReport) -> str:
+    """By how much a step does not fit, and what takes most."""
+    memory = report.hbm
+    if memory.temporaries is None:
+        return f"{report.config} does not fit on {report.hardware}: {report.refusal}."
+    return (
+        f"{report.config} does not fit on {report.hardware}: a device needs "
+        f"{memory.total / GIB:.1f} GiB and has {memory.capacity / GIB:.1f}, "
+        f"{memory.missing / GIB:.1f} too few, and most of it is {memory.largest}; use more devices, a mesh "
+        "that splits more, remat=full or more microbatches (--search tries them)."
+    )
