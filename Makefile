@@ -10,6 +10,7 @@
 #   make test-all-routers            every entry of the catalogue does
 #   make test-parity                transformers' routers and models computed anew, against the committed files
 #   make test-tpu                   programs for TPUs, compiled by libtpu on this machine
+#   make test-pods                  published giants, compiled for their machines, against their budgets
 #   make install EXTRA=gpu          an environment for NVIDIA GPUs (EXTRA=tpu: for TPUs)
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 # A constraints file pins every version and leaves the choice of extras to setup.py.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requirements.lock
 
-.PHONY: install install-test quickstart test test-slow test-layouts test-routers test-all-routers test-parity test-tpu lint lock clean
+.PHONY: install install-test quickstart test test-slow test-layouts test-routers test-all-routers test-parity test-tpu test-pods lint lock clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -76,9 +77,17 @@ test-parity: install-test
 test-tpu: install-test
 ifeq ($(shell uname -sm),Linux x86_64)
 	$(MAKE) install EXTRA=tpu
-	$(BIN)/python -m pytest -m tpu tests/tpu
+	$(BIN)/python -m pytest -m tpu tests/tpu tests/pods
 else
 	@echo "make test-tpu needs libtpu, which exists for Linux on x86_64 only; nothing was tested."
+endif
+
+test-pods: install-test
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(MAKE) install EXTRA=tpu
+	$(BIN)/python -m pytest -n 2 -m pods tests/pods
+else
+	@echo "make test-pods needs libtpu, which exists for Linux on x86_64 only; nothing was tested."
 endif
 
 lock:

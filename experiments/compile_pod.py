@@ -26,10 +26,11 @@ from tqdm import tqdm
 from moe_jax import command_line
 from moe_jax.errors import UserError
 from moe_jax.pods.compile import compile_step, refusal_sentence
-from moe_jax.pods.hardware import topology
+from moe_jax.pods.hardware import Topology, topology
 from moe_jax.pods.layouts import changes_between, laid_out, pods_of
 from moe_jax.pods.report import GIB, PodReport
 from moe_jax.pods.search import search
+from moe_jax.training.experiment import Experiment
 
 _CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string(
@@ -74,7 +75,7 @@ def _json() -> bool:
     return _FORMAT.value == "json"
 
 
-def _search(config: command_line.Experiment, machine: object, name: str) -> list[PodReport]:
+def _search(config: Experiment, machine: Topology, name: str) -> list[PodReport]:
     with tqdm(total=_SEARCH_LIMIT.value, unit="layout") as bar:
 
         def tried(report: PodReport) -> None:
@@ -113,6 +114,10 @@ def _ranking(reports: list[PodReport]) -> str:
     return "\n".join(lines)
 
 
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:,.3g}" if flops < 1e15 else f"{flops / 1e12:,.0f}"
+
+
 def table(report: PodReport) -> str:
     """The report as a person reads it."""
     memory, line = report.hbm, report.roofline
@@ -121,12 +126,12 @@ def table(report: PodReport) -> str:
         f"{report.config} on {report.hardware} ({report.topology}): {report.chips} chips, "
         f"{report.devices} devices",
         f"mesh {_layout(report)}; compiled by {report.compiler} in {report.compile_seconds:.0f} s",
-        f"{report.params / 1e9:,.1f}B parameters in {report.parameter_dtype}, {report.optimizer}; "
+        f"{report.params / 1e9:,.3g}B parameters in {report.parameter_dtype}, {report.optimizer}; "
         f"{report.rows_per_step:,} rows, {report.tokens_per_step:,} {report.unit}s a step",
         "",
         f"Memory of a device, GiB: {memory.total / GIB:.2f} of {memory.capacity / GIB:.2f}, {verdict}",
         *(
-            f"  {name:28}{value / GIB:10.2f}"
+            f"  {name:28}{value / GIB:10.3f}"
             for name, value in (
                 ("arguments", memory.arguments),
                 ("  of them parameters", memory.parameters),
@@ -142,23 +147,23 @@ def table(report: PodReport) -> str:
     seconds = dataclasses.asdict(line)
     lines += [
         "",
-        f"TFLOPs of a device a step: {report.flops_per_device / 1e12:,.1f} executed "
-        f"({report.accounted_flops_per_device / 1e12:,.1f} by accounting), "
-        f"{report.algorithmic_flops_per_device / 1e12:,.1f} algorithmic",
+        f"TFLOPs of a device a step: {_tera(report.flops_per_device)} executed "
+        f"({_tera(report.accounted_flops_per_device)} by accounting), "
+        f"{_tera(report.algorithmic_flops_per_device)} algorithmic",
         "",
         f"{'collective':20}{'over':>22}{'runs':>8}{'GiB':>10}{'ms':>10}",
         *(
-            f"{one.kind:20}{' x '.join(one.axes):>22}{one.count:8}{one.bytes / GIB:10.2f}"
-            f"{1e3 * one.seconds:10.1f}{'' if one.exact else '*'}"
+            f"{one.kind:20}{' x '.join(one.axes):>22}{one.count:8}{one.bytes / GIB:10.3f}"
+            f"{1e3 * one.seconds:10.3f}{'' if one.exact else '*'}"
             for one in report.collectives
         ),
         "",
         "Roofline, seconds a step if each were all: "
         + ", ".join(
-            f"{name} {seconds[name]:.3f}"
+            f"{name} {seconds[name]:.4g}"
             for name in ("compute", "memory", "interconnect", "network")
         ),
-        f"no step is faster than {line.step_seconds:.3f} s ({line.binding}): MFU {line.mfu:.1%}, "
+        f"no step is faster than {line.step_seconds:.4g} s ({line.binding}): MFU {line.mfu:.1%}, "
         f"{line.mfu_without_overlap:.1%} if nothing overlaps; "
         f"{line.tokens_per_second_per_chip:,.0f} {report.unit}s/s for each chip",
     ]

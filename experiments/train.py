@@ -1,7 +1,7 @@
 """Trains the model of a config, or continues a run.
 
     python experiments/train.py --config=configs/quickstart.py --workdir=runs/mine \
-        [--steps=500] [--config.model.num_experts=16]
+        [--steps=500] [--config.model.num_experts=16] [--profile_steps=10:5]
 
 Running the same command again continues the run from its newest good checkpoint.
 
@@ -15,11 +15,16 @@ from absl import flags
 
 from moe_jax import command_line
 from moe_jax.parallel import multihost
-from moe_jax.training import loop
+from moe_jax.training import loop, traced_steps
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _STEPS = flags.DEFINE_integer("steps", None, "Total number of steps; default: the config's.")
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps",
+    "",
+    "FIRST:COUNT, such as 10:5: these steps run under the profiler, into WORKDIR/profile.",
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes, as the cluster says (TPU, GKE, Slurm, MPI)."
 )
@@ -32,11 +37,12 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.
 
 def main() -> None:
     """Trains and says where the results are."""
+    profiled = traced_steps.parse(_PROFILE_STEPS.value)
     multihost.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_ID.value)
     config = command_line.experiment(_CONFIG.value)
     if _STEPS.value is not None:
         config.steps = _STEPS.value
-    records = loop.train(config, _WORKDIR.value)
+    records = loop.train(config, _WORKDIR.value, profiled=profiled)
     if jax.process_index():
         return
     last = records[-1]

@@ -25,7 +25,8 @@ def save_run_report(
     _draw_accuracy(axes[0], records)
     _draw_routing(axes[1], records, moe_layers)
     _draw_loads(list(axes[2:]), records, moe_layers)
-    figure.savefig(str(path), dpi=120)
+    with epath.Path(path).open("wb") as file:  # The run's folder need not be on this machine.
+        figure.savefig(file, dpi=120)
 
 
 def save_comparison(

@@ -65,7 +65,7 @@ def compile_step(
     devices, platform = _devices(topology)
     run = Run.on(config, mesh_of(config.mesh, devices))
     start = time.perf_counter()
-    compiled, refusal = _compile(run)
+    compiled, refusal = _compile(run, topology.chip.hbm)
     seconds = time.perf_counter() - start
     memory = _memory(run, topology, compiled, refusal)
     accounted = training_flops(config.model, config.data, platform, run.mesh.shape)
@@ -122,8 +122,10 @@ def _devices(topology: Topology) -> tuple[Sequence[jax.Device], str]:
     return jax.devices("cpu")[: topology.devices], "cpu"
 
 
-def _compile(run: Run) -> tuple[Any, str]:
-    """(compiled step, "") or (None, why the compiler refused it for lack of memory)."""
+def _compile(run: Run, capacity: int) -> tuple[Any, str]:
+    """(compiled step, "") or (None, why it cannot be for lack of memory)."""
+    if _state_bytes(run)[0] > capacity:
+        return None, "parameters and optimizer state alone are too large"
     with _no_cache(), jax.set_mesh(run.mesh):
         lowered = run.train_step.lower(*run.abstract_arguments())
         try:
@@ -137,7 +139,7 @@ def _compile(run: Run) -> tuple[Any, str]:
 @contextmanager
 def _no_cache() -> Iterator[None]:
     """The cache of compiled programs asks for a device to load one into."""
-    enabled = jax.config.jax_enable_compilation_cache
+    enabled = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
@@ -146,8 +148,7 @@ def _no_cache() -> Iterator[None]:
 
 
 def _memory(run: Run, topology: Topology, compiled: Any, refusal: str) -> Memory:
-    parameters = _bytes_per_device(run.shapes.parameters, run.shardings.parameters)
-    optimizer_state = _bytes_per_device(run.shapes.optimizer, run.shardings.optimizer)
+    state, parameters, optimizer_state = _state_bytes(run)
     capacity = topology.chip.hbm
     if compiled:
         found = compiled.memory_analysis()
@@ -161,7 +162,6 @@ def _memory(run: Run, topology: Topology, compiled: Any, refusal: str) -> Memory
             program=found.generated_code_size_in_bytes,
             capacity=capacity,
         )
-    state = parameters + optimizer_state
     needed = _REFUSAL.search(refusal)
     total = int(float(needed["needed"]) * _UNITS[needed["unit"]]) if needed else None
     return Memory(
@@ -174,6 +174,13 @@ def _memory(run: Run, topology: Topology, compiled: Any, refusal: str) -> Memory
         program=0,
         capacity=capacity,
     )
+
+
+def _state_bytes(run: Run) -> tuple[int, int, int]:
+    """Of a device: (both, parameters, optimizer state)."""
+    parameters = _bytes_per_device(run.shapes.parameters, run.shardings.parameters)
+    optimizer_state = _bytes_per_device(run.shapes.optimizer, run.shardings.optimizer)
+    return parameters + optimizer_state, parameters, optimizer_state
 
 
 def _bytes_per_device(shapes: Any, shardings: Any) -> int:
@@ -212,14 +219,15 @@ class _Reading:
         if not compiled:
             return
         program = Program(compiled.as_text() or "")
-        work = [*program.matrix_products(), *program.kernels()]
-        in_program = float(sum(one.flops * one.trips.count for one in work))
+        products = [(one.flops, one.trips) for one in program.matrix_products()]
+        kernels = [(one.flops, one.trips) for one in program.kernels()]
+        in_program = sum(flops * trips.count for flops, trips in products + kernels)
         self.flops = in_program - accounted.skipped / topology.devices
         traffic = program.memory_bytes()
         self.memory_bytes = traffic.count
         self._found = program.collectives()
         self.collectives = _summed(self._found, run.mesh, topology)
-        self.exact = all(one.trips.exact for one in work) and traffic.exact
+        self.exact = all(trips.exact for _, trips in products + kernels) and traffic.exact
 
     def terms(self) -> Terms:
         """The roofline."""
@@ -262,11 +270,10 @@ def _summed(found: Any, mesh: Mesh, topology: Topology) -> tuple[CollectiveSum, 
 def refusal_sentence(report: PodReport) -> str:
     """By how much a step does not fit, and what takes most."""
     memory = report.hbm
-    if memory.temporaries is None:
-        return f"{report.config} does not fit on {report.hardware}: {report.refusal}."
+    least = "at least " if memory.temporaries is None else ""
     return (
-        f"{report.config} does not fit on {report.hardware}: a device needs "
+        f"{report.config} does not fit on {report.hardware}: a device needs {least}"
         f"{memory.total / GIB:.1f} GiB and has {memory.capacity / GIB:.1f}, "
-        f"{memory.missing / GIB:.1f} too few, and most of it is {memory.largest}; use more devices, a mesh "
-        "that splits more, remat=full or more microbatches (--search tries them)."
+        f"{memory.missing / GIB:.1f} too few, and most of it is {memory.largest}; use more devices, a "
+        "mesh that splits more, remat=full or more microbatches (--search tries them)."
     )

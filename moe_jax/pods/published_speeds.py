@@ -85,12 +85,16 @@ class PublishedSpeed:
 
 
 _GSHARD_NOTE = (
-    "The paper counts 4M or 1M tokens, which we take for those of one side with as many of the other; "
-    "if they are both sides together, our step is twice theirs. It finds its forward pass above 70% of "
-    "its own roofline with 128 experts and at 48% with 2,048, where all-to-alls are 36% of the time; "
-    "dispatch and combine are products with one-hot matrices there, and copies here."
+    "The paper counts 4M or 1M tokens, which we take for those of one side with as many of the "
+    "other; if they are both sides together, our step is twice theirs. It finds its forward pass "
+    "above 70% of its own roofline with 128 experts and at 48% with 2,048, where all-to-alls are "
+    "36% of the time; dispatch and combine are products with one-hot matrices there, and copies "
+    "here."
 )
-_DEEP_NOTE = " With 36 layers its compiler recomputes for 28% of the time; our layout recomputes every block."
+_DEEP_NOTE = (
+    " With 36 layers its compiler recomputes for 28% of the time; our layout recomputes every "
+    "block."
+)
 
 
 def _gshard(experts: int, layers: int, chips: str, tokens: int, steps: float) -> PublishedSpeed:
@@ -136,8 +140,8 @@ PUBLISHED_SPEEDS = (
         # The first 280B tokens took 213 MWh, all 456: the power is taken to be the same.
         from_run(574 * 456 / 213, 600e9, _GLAM_BATCH),
         _GLAM,
-        "The hours of all tokens are not printed; energy per token is the same for the rest (456 / 213 "
-        "= 2.14 = 600 / 280), so we take the speed to be the same.",
+        "The hours of all tokens are not printed; energy per token is the same for the rest (456 "
+        "/ 213 = 2.14 = 600 / 280), so we take the speed to be the same.",
     ),
     PublishedSpeed(
         "Mixtral 8x7B by MaxText, 52.6% MFU",
@@ -146,8 +150,9 @@ PUBLISHED_SPEEDS = (
         1024 * 4096,
         from_throughput(2909, 128, 1024 * 4096),
         f"{_MAXTEXT} (8x4x4 chips, bf16, length 4,096; the page calls these 256 cores 256 chips)",
-        "MaxText's MFU counts attention between all positions, ours the half that is causal. The batch "
-        "is not printed: the rate is that of a device, set beside our batch. Synthetic data.",
+        "MaxText's MFU counts attention between all positions, ours the half that is causal. The "
+        "batch is not printed: the rate is that of a device, set beside our batch. Synthetic "
+        "data.",
     ),
     PublishedSpeed(
         "Mixtral 8x7B by MaxText on v6e",
@@ -156,8 +161,8 @@ PUBLISHED_SPEEDS = (
         256 * 12 * 4096,
         from_seconds(13.484),
         f"{_RECIPES}/trillium/Mixtral-8x7B-MaxText",
-        "FSDP over all chips, 12 sequences for each; activations are moved to the host, and experts drop "
-        "what is over a capacity of 1.25, where ours drop nothing. Synthetic data.",
+        "FSDP over all chips, 12 sequences for each; activations are moved to the host, and "
+        "experts drop what is over a capacity of 1.25, where ours drop nothing. Synthetic data.",
     ),
     PublishedSpeed(
         "Mixtral 8x22B by MaxText on v6e",
@@ -166,8 +171,8 @@ PUBLISHED_SPEEDS = (
         256 * 8 * 4096,
         from_seconds(24.706),
         f"{_RECIPES}/trillium/Mixtral-8x22B-MaxText",
-        "8 sequences for each chip, and experts that drop what is over their capacity, where ours drop "
-        "nothing. Synthetic data.",
+        "8 sequences for each chip, and experts that drop what is over their capacity, where ours "
+        "drop nothing. Synthetic data.",
     ),
     PublishedSpeed(
         "DeepSeek-V3 on 2,048 H800",
@@ -176,10 +181,10 @@ PUBLISHED_SPEEDS = (
         15360 * 4096,
         from_device_hours(180e3, 2048, 1e12, 15360 * 4096),
         f"{_DEEPSEEK} (180K GPU hours for a trillion tokens)",
-        "An H800 has an H100's matrix units and less than half of its NVLink. Most products are FP8, at "
-        "twice the bf16 rate that MFU is relative to. The run also trains a module that predicts a "
-        "second token, which our config leaves out. https://arxiv.org/abs/2505.09343 prints the same "
-        "speed, 272.8B tokens a day, and 38.9% causal MFU.",
+        "An H800 has an H100's matrix units and less than half of its NVLink. Most products are "
+        "FP8, at twice the bf16 rate that MFU is relative to. The run also trains a module that "
+        "predicts a second token, which our config leaves out. https://arxiv.org/abs/2505.09343 "
+        "prints the same speed, 272.8B tokens a day, and 38.9% causal MFU.",
     ),
     PublishedSpeed(
         "DeepSeek-V3 by MaxText on v5p",
@@ -188,8 +193,9 @@ PUBLISHED_SPEEDS = (
         512 * 6 * 8192,
         from_seconds(90.668),
         f"{_RECIPES}/v5p/DeepSeek3-671B-MaxText",
-        "Sequences of 8,192 tokens, of which ours have half, so that attention takes more. FSDP alone "
-        "gathers all experts in every layer, and activations are moved to the host. Synthetic data.",
+        "Sequences of 8,192 tokens, of which ours have half, so that attention takes more. FSDP "
+        "alone gathers all experts in every layer, and activations are moved to the host. "
+        "Synthetic data.",
     ),
     PublishedSpeed(
         "OLMoE-1B-7B",
@@ -198,8 +204,8 @@ PUBLISHED_SPEEDS = (
         1024 * 4096,
         from_throughput(23_600, 256, 1024 * 4096),
         "Muennighoff et al. 2024, https://arxiv.org/abs/2409.02060, Figure 4",
-        "PyTorch with FSDP: every GPU gathers and runs all 64 experts, whose width of 1,024 makes small "
-        "products. The rate is that of a GPU.",
+        "PyTorch with FSDP: every GPU gathers and runs all 64 experts, whose width of 1,024 makes "
+        "small products. The rate is that of a GPU.",
     ),
     PublishedSpeed(
         "V-MoE-S/32, 8 experts, on ImageNet",
@@ -209,8 +215,8 @@ PUBLISHED_SPEEDS = (
         # 300 epochs of the 1,268,356 images.
         from_run(5 + 50 / 60, 300 * 1_268_356, 8192),
         "https://github.com/google-research/vmoe, vmoe_s32_last2_ilsvrc2012_randaug_light1.py",
-        "A model of 57M parameters that takes 18,000 images a second, evaluation included: reading, "
-        "decoding and augmenting them on the hosts is no part of a roofline.",
+        "A model of 57M parameters that takes 18,000 images a second, evaluation included: "
+        "reading, decoding and augmenting them on the hosts is no part of a roofline.",
     ),
     PublishedSpeed(
         "Soft MoE H/14, 256 experts, inference",
@@ -220,8 +226,9 @@ PUBLISHED_SPEEDS = (
         # 10.9 ms of a core for an image, so eight cores do eight in that time.
         from_seconds(10.9e-3),
         "Puigcerver et al. 2023, https://arxiv.org/abs/2308.00951, Table 8",
-        "The forward pass on one core, at a batch that we do not know, beside its FLOPs at the peak "
-        "alone: 256 tokens of an image are few, and its norms, softmaxes and slots are not products.",
+        "The forward pass on one core, at a batch that we do not know, beside its FLOPs at the "
+        "peak alone: 256 tokens of an image are few, and its norms, softmaxes and slots are not "
+        "products.",
         inference=True,
     ),
 )
@@ -235,8 +242,8 @@ class Comparison:
       published: the speed.
       seconds: roofline of a step of the published batch, if everything overlaps.
       seconds_without_overlap: if nothing does.
-      published_mfu: algorithmic FLOPs by our accounting a second of the published step, over the bf16
-        peak of the published machine.
+      published_mfu: algorithmic FLOPs by our accounting a second of the published step, over the
+        bf16 peak of the published machine.
       hardware: of the roofline.
     """
 
@@ -298,7 +305,8 @@ def table(reports: Sequence[PodReport]) -> str:
       reports: of any configs; a speed without one has empty cells.
     """
     lines = [
-        "| model | machine | published, s | roofline, s | without overlap, s | ratio | published MFU |",
+        "| model | machine | published, s | roofline, s | without overlap, s | ratio | published "
+        "MFU |",
         "|---|---|---|---|---|---|---|",
     ]
     notes = []

@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 
 from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
+from moe_jax.training.storage import absolute, is_remote
 
 PyTree = Any
 
@@ -74,7 +75,7 @@ class Checkpoints:
             raise UserError(
                 f"keep is {keep}, but at least 1 checkpoint must be kept for a run to resume from."
             )
-        self._directory = _absolute(directory)
+        self._directory = absolute(directory)
         self._keep = keep
         self._on_stage = on_stage or (lambda stage, step: None)
         logging.get_absl_logger().addFilter(_is_not_from_orbax)
@@ -300,11 +301,15 @@ def _write_manifest(folder: epath.Path) -> None:
     temporary.replace(folder / _MANIFEST)
 
 
-def _payload_files(folder: epath.Path) -> Iterator[str]:
+def _payload_files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
     """Paths of all files but the manifest, relative to the checkpoint's folder."""
-    for parent, _, names in folder.walk():
-        paths = (str((parent / name).relative_to(folder)) for name in names)
-        yield from (path for path in paths if path != _MANIFEST)
+    # Not `folder.walk()`, which gives gs://bucket/x as bucket/x.
+    for path in folder.iterdir():
+        name = prefix + path.name
+        if path.is_dir():
+            yield from _payload_files(path, f"{name}/")
+        elif name != _MANIFEST:
+            yield name
 
 
 def _digest(path: epath.Path) -> _Digest:
@@ -354,7 +359,7 @@ def _check_free_space(directory: epath.Path, state: PyTree) -> None:
 
     Compression is left out of the estimate: random float32 values shrink by 8 %.
     """
-    if _is_remote(directory):
+    if is_remote(directory):
         return
     free = shutil.disk_usage(directory).free
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -373,16 +378,6 @@ def _reason(error: Exception) -> str:
 
 def _step_or_none(step: int | None) -> str:
     return "none" if step is None else f"step {step}"
-
-
-def _absolute(directory: epath.PathLike) -> epath.Path:
-    """Orbax refuses relative paths; `epath.Path.absolute` would make gs://x a local one."""
-    path = epath.Path(directory)
-    return path if _is_remote(path) else path.absolute()
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
 
 
 def _wait_for_all_processes(what: str) -> None:

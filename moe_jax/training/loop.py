@@ -43,6 +43,7 @@ from moe_jax.training.state import (
     state_shardings,
 )
 from moe_jax.training.step import evaluation_step, train_step
+from moe_jax.training.traced_steps import StepTracer
 
 _LOG = logging.getLogger(__name__)
 
@@ -201,13 +202,16 @@ def train(
     config: Experiment,
     workdir: epath.PathLike,
     on_stage: Callable[[Stage, int], None] | None = None,
+    profiled: range = range(0),
 ) -> list[metrics.Record]:
     """Trains until `config.steps`, continuing the run in `workdir` if there is one.
 
     Args:
       config: the run.
-      workdir: gets config.json, metrics.jsonl, TensorBoard events, checkpoints/ and report.png.
+      workdir: gets config.json, metrics.jsonl, TensorBoard events, checkpoints/ and report.png; a
+        path that epath knows, also on Google Cloud Storage or S3.
       on_stage: told of the stages of each checkpoint.
+      profiled: steps under JAX's profiler; see `moe_jax.training.traced_steps`.
 
     Returns:
       All records of the run.
@@ -242,7 +246,7 @@ def train(
             workdir,
         )
         if step < config.steps:
-            _Loop(run, data, evaluate, checkpoints, workdir).go(state, step)
+            _Loop(run, data, evaluate, checkpoints, workdir).go(state, step, profiled)
         else:
             _evaluate_finished(state, step, evaluate, workdir)
     if _first_process():
@@ -343,21 +347,26 @@ class _Loop:
         self.last_good = 0
         self.checked = 0
 
-    def go(self, state: TrainState, start: int) -> None:
-        """Steps `start` + 1 to the last one."""
+    def go(self, state: TrainState, start: int, profiled: range) -> None:
+        """Steps `start` + 1 to the last one; see `train` for `profiled`."""
         config = self.run.config
         self.last_good = self.checked = start
         writer = metrics.MetricsWriter(self.workdir, start) if _first_process() else None
         clock = _Clock(config.data.batch_size * config.data.tokens_per_row)
+        tracer = StepTracer(profiled, self.workdir)
         previous: dict[str, Any] | None = None
         try:
             with _progress(start, config.steps) as bar, _stop_signal() as received:
                 for step in range(start + 1, config.steps + 1):
+                    tracer.before(step)
                     batch = self._batch(step)
                     clock.before_call()
                     signals = self.signals(received[0] if received else 0)
-                    state, step_metrics = self.run.train_step(state, batch, signals)
+                    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                        state, step_metrics = self.run.train_step(state, batch, signals)
                     clock.after_call()
+                    if tracer.after(step, step_metrics):
+                        clock.restart()
                     # Looked at one step late, so that the next step is already on its way.
                     self._check_finite(step - 1, previous)
                     signal_number = 0 if previous is None else int(previous["signal"])
@@ -383,6 +392,7 @@ class _Loop:
                             signal_number,
                         )
         finally:
+            tracer.close()
             if writer:
                 writer.close()
 

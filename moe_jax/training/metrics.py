@@ -12,6 +12,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from moe_jax.layers.moe import MoEReport
+from moe_jax.training.storage import appender
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,27 +29,25 @@ class MetricsWriter:
           workdir: the run's folder.
           step: last step that is kept; records after it are removed.
         """
-        self._path = epath.Path(workdir) / METRICS_FILE
+        path = epath.Path(workdir) / METRICS_FILE
         kept = [record for record in read(workdir) if record["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
+        temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self._path)
-        self._file = open(os.fspath(self._path), "a")  # noqa: SIM115 - open as long as the run is.
+        temporary.replace(path)
+        self._records = appender(path)
         self._events = SummaryWriter(os.fspath(epath.Path(workdir)), purge_step=step + 1)
 
     def write(self, record: Record) -> None:
         """Writes one step's record to disk before it returns."""
         record = {name: _null_if_not_finite(value) for name, value in record.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._records.append(json.dumps(record) + "\n")
         for name, value in record.items():
             if name != "step" and isinstance(value, (int, float)):
                 self._events.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Closes both files."""
-        self._file.close()
+        self._records.close()
         self._events.close()
 
 

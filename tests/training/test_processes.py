@@ -15,7 +15,7 @@ import pytest
 from moe_jax.training import experiment, loop, metrics
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.loop import Run
-from tests.training.one_of_several import get_config
+from tests.training.one_block import get_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ def run_processes(data_dir, workdir, count, signal_name="SIGTERM", at_step=0) ->
     }  # fmt: skip
     script = "tests/training/one_of_several.py"
     flags = [
-        f"--config={script}",
+        "--config=tests/training/one_block.py",
         f"--config.data.data_dir={data_dir}",
         f"--config.mesh.host_devices={8 // count}",
         f"--workdir={workdir}",

@@ -6,5 +6,6 @@ FLOPs are of the forward pass, two per multiply-add, and of two kinds:
   executed     what the machine does: every slot of every expert whether filled or not, every
                attention score whether masked or not, the router, and the products that mix tokens in
                Soft MoE (without those of einsum dispatch, and without padding of dropless rows)
-A training step costs about three forward passes; rematerialization adds up to one.
+A training step costs about three forward passes; rematerialization adds up to one. `training` counts
+it exactly, for the kernels of a platform.
 """

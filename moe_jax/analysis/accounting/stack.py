@@ -89,12 +89,12 @@ def of_stack(config: StackConfig, shapes: Any) -> StackCost:
                 of_experts = {name: mlp.pop(name) for name in list(mlp) if name[1] == "_"}
                 layer = _experts(config, num_experts, stage.count, of_experts)
                 experts += [layer] * stage.count
-                routers += _products(router) + stage.count * _mixing(config, layer)
+                routers += products_with(router) + stage.count * _mixing(config, layer)
             block["mlp"] = mlp
             cross = block.pop("cross_attention", None) or {}
             memory_products += count(cross.get("key_value", {}))
-            products += _products({name: w for name, w in cross.items() if name != "key_value"})
-            products += _products(block)
+            products += products_with({name: w for name, w in cross.items() if name != "key_value"})
+            products += products_with(block)
             if cross:
                 memory_scores += stage.count * 4 * config.num_heads * config.head_width
     widths = sum(config.attention.score_widths(config.head_width))
@@ -108,7 +108,7 @@ def _experts(config: StackConfig, num_experts: int, layers: int, shapes: Any) ->
     return Experts(
         num_experts,
         count(shapes) // (num_experts * layers),
-        _products(shapes) // (num_experts * layers),
+        products_with(shapes) // (num_experts * layers),
         moe.router.experts_per_token(moe.group_size, num_experts, slots),
         moe.expert_rows(num_experts),
     )
@@ -121,7 +121,7 @@ def _mixing(config: StackConfig, layer: Experts) -> float:
     return 2 * config.width * layer.rows * config.moe.group_size
 
 
-def _products(shapes: Any) -> int:
+def products_with(shapes: Any) -> int:
     """Multiply-adds for each token of a tree of parameters."""
     total = 0
     for path, leaf in jax.tree.leaves_with_path(shapes):

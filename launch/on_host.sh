@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# What tpu_pod.sh and xpk.sh start on every host: sets the compiler's flags, and trains.
+#
+#   launch/on_host.sh tpu-v5p-128 --config=configs/glam/1_7b_64e.py --workdir=gs://bucket/run
+#
+# Ends with the status of train.py; but with 143 where SIGTERM came, upon which train.py saves and ends
+# with 0: whoever restarts failed containers then knows that the run is not done.
+set -euo pipefail
+
+machine="$1"
+cd "$(dirname "$0")/.."
+: "${PYTHON:=.venv/bin/python}"
+
+LIBTPU_INIT_ARGS="$("$PYTHON" -m moe_jax.pods.xla_flags "$machine")"
+export LIBTPU_INIT_ARGS
+
+stopped=0
+stop() {
+  stopped=1
+  kill -TERM "$training"
+}
+trap stop TERM
+
+"$PYTHON" experiments/train.py --distributed "${@:2}" &
+training=$!
+status=0
+wait "$training" || status=$?
+if ((stopped)); then
+  wait "$training" || true                 # The signal ended the first `wait` before the process.
+  exit 143
+fi
+exit "$status"

@@ -1,0 +1,84 @@
+"""Matrix products of attention's scores and weighted values, by the kernel that computes them.
+
+Axis letters: B batch, L query length, M key length, H heads, J heads of keys and values, h head width,
+v width of a head's values.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from moe_jax.analysis.accounting.machine import Machine
+from moe_jax.analysis.accounting.products import Product
+from moe_jax.layers.attention_kernels import obstacle_to_splash
+
+# Sides of a splash kernel's blocks of scores: the first that divides the length.
+_SPLASH_BLOCKS = (512, 256, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """One layer's attention.
+
+    Attributes:
+      batch, length, key_length, heads, kv_heads: B, L, M, H, J.
+      head_width, value_width: h, v, those of `AttentionConfig.score_widths`.
+      causal: a query reads the keys up to its own position only.
+      biased: something is added to the scores.
+    """
+
+    batch: int
+    length: int
+    key_length: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    value_width: int
+    causal: bool
+    biased: bool
+
+    def product(self, machine: Machine) -> Product:
+        """Scores and weighted values, forward 2 (h + v) operations for a query and a key.
+
+        Splash attention skips blocks that are wholly masked. Its backward pass is two kernels, both
+        of which compute the scores and the gradient of the weights anew: one of the queries (scores
+        h, gradient of the weights v, of the queries h), one of keys and values (h, v, h, v).
+        Everything else is counted as XLA does it, whose four gradients read kept scores, and masked
+        scores are computed like others: so are cuDNN's kernels, although they do neither.
+        """
+        widths = self.head_width + self.value_width
+        if not self._splash(machine):
+            return self._of_pairs(self.length * self.key_length, 2.0)
+        backward = 4 * self.head_width + 3 * self.value_width
+        return self._of_pairs(self._pairs_in_splash(), backward / widths)
+
+    def _of_pairs(self, pairs: int, backward: float) -> Product:
+        widths = self.head_width + self.value_width
+        return Product(2.0 * self.batch * self.heads * pairs * widths, backward, batched=True)
+
+    def _splash(self, machine: Machine) -> bool:
+        def array(length: int, heads: int) -> Any:
+            shape = (self.batch, length, heads, self.head_width)
+            return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+        if machine.platform != "tpu" or self.biased:
+            return False
+        query, key = array(self.length, self.heads), array(self.key_length, self.kv_heads)
+        mesh = AbstractMesh(tuple(machine.mesh.values()), tuple(machine.mesh))
+        with jax.sharding.use_abstract_mesh(mesh):
+            return not obstacle_to_splash(query, key, bias=None, mask=None)
+
+    def _pairs_in_splash(self) -> int:
+        """Scores in all blocks that are not wholly masked, of one head of one row."""
+        rows, columns = (
+            next(block for block in _SPLASH_BLOCKS if length % block == 0)
+            for length in (self.length, self.key_length)
+        )
+        if not self.causal:
+            return self.length * self.key_length
+        last_queries = range(rows - 1, self.length, rows)
+        blocks = sum(min(last // columns + 1, self.key_length // columns) for last in last_queries)
+        return rows * columns * blocks

@@ -1,0 +1,95 @@
+"""Where runs are kept: on this machine, or in an object store such as gs://bucket/run.
+
+Objects cannot grow. A file that does is there written whole whenever it shall be kept: fine for the
+megabytes of a run's records, and never for arrays, which Orbax writes.
+"""
+
+import io
+import os
+from typing import Protocol
+
+from etils import epath
+from tensorboardX.record_writer import register_writer_factory
+
+_OBJECT_STORES = ("gs", "s3")
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether only epath can read it, and not the operating system."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """As Orbax wants it; `epath.Path.absolute` would make gs://x a local one."""
+    return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
+
+
+class Appender(Protocol):
+    """A file that grows."""
+
+    def append(self, text: str) -> None:
+        """Adds to the end; stored when it returns."""
+
+    def close(self) -> None:
+        """No `append` after it."""
+
+
+def appender(path: epath.PathLike) -> Appender:
+    """Opens an existing text file for what is to be added."""
+    return _RemoteAppender(path) if is_remote(path) else _LocalAppender(path)
+
+
+class _LocalAppender:
+    def __init__(self, path: epath.PathLike) -> None:
+        self._file = open(os.fspath(path), "a")  # noqa: SIM115 - open as long as the run is.
+
+    def append(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _RemoteAppender:
+    def __init__(self, path: epath.PathLike) -> None:
+        self._path = epath.Path(path)
+        self._text = self._path.read_text()
+
+    def append(self, text: str) -> None:
+        self._text += text
+        self._path.write_text(self._text)
+
+    def close(self) -> None:
+        pass
+
+
+class _RemoteEvents:
+    """TensorBoard's event files in an object store, as tensorboardX asks for them.
+
+    Its own need another package for each store.
+    """
+
+    class _File:
+        def __init__(self, path: str) -> None:
+            self._path, self._bytes = epath.Path(path), io.BytesIO()
+
+        def write(self, data: bytes) -> None:
+            self._bytes.write(data)
+
+        def flush(self) -> None:
+            self._path.write_bytes(self._bytes.getvalue())
+
+        def close(self) -> None:
+            self.flush()
+
+    def open(self, path: str) -> "_RemoteEvents._File":
+        return self._File(path)
+
+    def directory_check(self, path: str) -> None:
+        """Object stores have no folders to make."""
+
+
+for _store in _OBJECT_STORES:
+    register_writer_factory(_store, _RemoteEvents())

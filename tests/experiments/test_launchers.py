@@ -1,0 +1,129 @@
+"""The launchers: what they say exists, and one is rehearsed from a signal to the end of the run."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from configs.quickstart import get_config as quickstart
+from moe_jax.training import metrics
+from tests.experiments import fake_slurm
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "launch").iterdir())
+DOCUMENT = ROOT / "docs" / "pods_launch.md"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_bash_accepts_the_script(path):
+    assert path.stat().st_mode & 0o100, "cannot be executed"
+    assert "\nset -euo pipefail\n" in path.read_text()
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+def flags_of_trainer(text: str) -> set[str]:
+    """What stands behind train.py, or what passes its flags on, to the end of the command."""
+    commands = text.replace("\\\n", " ").splitlines()
+    passed_on = r"(?:train\.py|on_host\.sh|tpu_pod\.sh|xpk\.sh|slurm\.sbatch|printf '%q ')"
+    tails = [tail for line in commands for tail in re.split(passed_on, line)[1:]]
+    return {flag for tail in tails for flag in re.findall(r"--(\w+)\b(?!-)", tail)}
+
+
+def flags_that_exist() -> set[str]:
+    train = (ROOT / "experiments" / "train.py").read_text()
+    return {"config", *re.findall(r'DEFINE_\w+\(\s*"(\w+)"', train)}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_gives_the_trainer_flags_that_exist(path):
+    used = flags_of_trainer(path.read_text())
+    assert {"config", "workdir"} <= used <= flags_that_exist()
+
+
+def test_the_document_names_flags_that_exist():
+    text = DOCUMENT.read_text()
+    used = set(re.findall(r"--(\w+)\b(?!-)", text)) - {"nodes", "logdir"}  # Of sbatch and xprof.
+    assert flags_of_trainer(text) <= used == used & flags_that_exist()
+    for field in set(re.findall(r"--config\.([\w.]+)=?", text)):
+        node = quickstart()
+        for name in field.split("."):
+            node = getattr(node, name)
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, DOCUMENT], ids=lambda path: path.name)
+def test_files_that_are_named_exist(path):
+    named = re.findall(r"\b((?:configs|launch|experiments|docs)/[\w/]+\.\w+)", path.read_text())
+    assert named
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def free_job_number() -> int:
+    """Of which JAX makes a port that is free: 61440 and the number's last 12 bits."""
+    for number in range(2**12):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", 61440 + number)):
+                return number
+    raise AssertionError("every port is taken")
+
+
+@pytest.fixture
+def slurm(tmp_path, data_dir):
+    """Starts launch/slurm.sbatch with a number of processes, as Slurm would."""
+    fake_slurm.install(tmp_path)
+    started = []
+
+    def start(tasks: int) -> subprocess.Popen[str]:
+        environment = {
+            name: value for name, value in os.environ.items() if "proxy" not in name.lower()
+        }
+        environment |= {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+            "SLURM_JOB_ID": str(free_job_number()), "SLURM_NTASKS": str(tasks),
+            "CONFIG": "tests/training/one_block.py", "WORKDIR": str(tmp_path / "run"),
+        }  # fmt: skip
+        flags = [
+            "--steps=12", f"--config.data.data_dir={data_dir}", "--config.checkpoint.every=20",
+            f"--config.mesh.host_devices={8 // tasks}",
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            ["bash", "launch/slurm.sbatch", *flags], cwd=ROOT, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_signal_puts_the_job_back_into_the_queue_and_it_ends_with_more_processes(slurm, tmp_path):
+    first = slurm(tasks=2)
+    while not metrics.read(tmp_path / "run") and first.poll() is None:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 0, errors
+    stopped = re.search(r"stopped at step (\d+) of 12 and saved", errors)
+    assert stopped, errors
+    assert (tmp_path / "requeued").read_text().startswith("requeue ")
+
+    (tmp_path / "requeued").unlink()
+    second = slurm(tasks=4)
+    _, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
+    assert f"Continuing from step {stopped[1]} on 8 x cpu (cpu) of 4 processes" in errors
+    assert [record["step"] for record in metrics.read(tmp_path / "run")] == list(range(1, 13))
+    assert not (tmp_path / "requeued").exists()

@@ -1,0 +1,34 @@
+"""Published giants, compiled for their machines as a user would. Run by `make test-pods`."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax.pods import budgets
+from moe_jax.pods.compile import compiler_version
+from moe_jax.pods.report import PodReport
+
+pytestmark = pytest.mark.pods
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Those that compile fastest; all ten take half an hour.
+GIANTS = (
+    "configs/glam/64b_64e.py",
+    "configs/soft_moe/soft_h14_256e.py",
+    "configs/vmoe/vmoe_15b.py",
+    "configs/switch/c.py",
+)
+
+
+@pytest.mark.parametrize("config", GIANTS)
+def test_a_giant_fits_and_costs_what_it_did(config):
+    command = [sys.executable, "experiments/compile_pod.py", f"--config={config}", "--format=json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = PodReport.read(json.loads(done.stdout))
+    # Another compiler has no budget: then fit and FLOPs are looked at.
+    budget = budgets.budget_of(config, compiler_version("tpu"))
+    assert budgets.violations(report, budget) == []
