@@ -1,6 +1,6 @@
-"""The page of the published giants on their machines, docs/pods.md; and how its numbers are made.
+"""Writes the page of the published giants on their machines, docs/pods.md, and makes its numbers.
 
-    python experiments/pod_tables.py                                    the page, from the reports
+    python experiments/pod_tables.py                              the page and its picture, from the reports
     python experiments/pod_tables.py --compile [--only=configs/glam/64b_64e.py ...]
 
 The reports are in docs/results/pods, in a folder for each version of the compiler, and are the budgets
@@ -19,8 +19,9 @@ from etils import epath
 from tqdm import tqdm
 
 from moe_jax import command_line
+from moe_jax.analysis import pod_figures
 from moe_jax.errors import UserError
-from moe_jax.pods import budgets
+from moe_jax.pods import budgets, published_speeds
 from moe_jax.pods.compile import compiler_version
 from moe_jax.pods.report import GIB, PodReport
 from moe_jax.pods.search import write
@@ -29,6 +30,8 @@ _COMPILE = flags.DEFINE_bool("compile", False, "Make the reports that are missin
 _ONLY = flags.DEFINE_multi_string("only", [], "Config files to compile; default: all giants.")
 
 _ROOT = pathlib.Path(__file__).parents[1]
+PAGE = _ROOT / "docs/pods.md"
+PICTURE = budgets.RESULTS / "giants.png"
 
 HEAD = """\
 # Published giants on their machines
@@ -49,12 +52,22 @@ says more of it; `make test-pods` holds some rows to these numbers.
 
 """
 
+SPEEDS = """\
+## Published speeds beside rooflines
+
+How long a step took where somebody ran it, and the bound for our step of the same batch. No run reaches a
+bound; the ratio says how far it was.
+"""
+
 
 def main() -> None:
-    """Compiles what is missing if asked to, and prints the page."""
+    """Compiles what is missing if asked to, and writes the page."""
     if _COMPILE.value:
         _compile(_ONLY.value or list(budgets.GIANTS))
-    print(page(newest_reports()), end="")
+    reports = newest_reports()
+    pod_figures.save_budgets([one.as_json() for one in reports], "One training step", PICTURE)
+    PAGE.write_text(page(reports))
+    print(f"{len(reports)} models are in {PAGE} and {PICTURE}")
 
 
 def newest_reports() -> list[PodReport]:
@@ -117,7 +130,8 @@ def page(reports: list[PodReport]) -> str:
     lines += ["", "Notes:", ""]
     lines += [f"- {_name(one)}: {one.note}" for one in reports if one.note]
     versions = ", ".join(sorted({one.compiler for one in reports}))
-    lines += ["", f"Compiled by {versions}."]
+    lines += ["", f"Compiled by {versions}.", "", "![The giants](results/pods/giants.png)", ""]
+    lines += [SPEEDS, published_speeds.table(reports)]
     return "\n".join(lines) + "\n"
 
 

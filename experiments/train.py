@@ -3,6 +3,9 @@
     python experiments/train.py --config=configs/quickstart.py --workdir=runs/mine \
         [--steps=500] [--config.model.num_experts=16] [--profile_steps=10:5]
 
+--topology=v4:8x8x16 takes the mesh, and what else saves memory, that the config file has for this
+machine (its PODS), which experiments/compile_pod.py compiles.
+
 Running the same command again continues the run from its newest good checkpoint.
 
 Several processes, which must share the folder, are started with the same command and, on each,
@@ -12,9 +15,11 @@ JAX can detect these.
 
 import jax
 from absl import flags
+from ml_collections import config_flags
 
 from moe_jax import command_line
 from moe_jax.parallel import multihost
+from moe_jax.pods.layouts import laid_out, pods_of
 from moe_jax.training import loop, traced_steps
 
 _CONFIG = command_line.define_config()
@@ -24,6 +29,9 @@ _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps",
     "",
     "FIRST:COUNT, such as 10:5: these steps run under the profiler, into WORKDIR/profile.",
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "Machine whose layout the config file has; default: the config's own mesh."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes, as the cluster says (TPU, GKE, Slurm, MPI)."
@@ -40,6 +48,9 @@ def main() -> None:
     profiled = traced_steps.parse(_PROFILE_STEPS.value)
     multihost.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_ID.value)
     config = command_line.experiment(_CONFIG.value)
+    if _TOPOLOGY.value:
+        layouts = pods_of(config_flags.get_config_filename(flags.FLAGS["config"]))
+        config, _ = laid_out(config, layouts, _TOPOLOGY.value)
     if _STEPS.value is not None:
         config.steps = _STEPS.value
     records = loop.train(config, _WORKDIR.value, profiled=profiled)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a slice of Cloud TPU virtual machines until the run is done, from any machine with gcloud.
 #
-#   REPOSITORY=https://... WORKDIR=gs://bucket/run launch/tpu_pod.sh [--steps=1000]
+#   REPOSITORY=https://... WORKDIR=gs://bucket/run launch/tpu_pod.sh --topology=tpu-v5p-256 [--steps=9]
 #
 # Asks for the slice in the queue, installs the commit, and starts one process on every host. If the
 # slice is taken away it asks for another, and the run continues from its newest checkpoint.
@@ -9,11 +9,11 @@
 set -euo pipefail
 
 : "${WORKDIR:?name a folder that every host can write to, such as gs://bucket/run}"
-: "${CONFIG:=configs/glam/1_7b_64e.py}"
+: "${CONFIG:=configs/mixtral/8x7b.py}"
 : "${NAME:=moe-jax}"                       # Of the slice and of its place in the queue.
 : "${ZONE:=us-east5-a}"                    # PROJECT is gcloud's default one.
-: "${MACHINE:=tpu-v5p-128}"                # As experiments/compile_pod.py names it.
-: "${ACCELERATOR:=v5p-128}"                # As Google Cloud does; a v5e is v5litepod-...
+: "${MACHINE:=tpu-v5p-256}"                # As experiments/compile_pod.py names it.
+: "${ACCELERATOR:=v5p-256}"                # As Google Cloud does; a v5e is v5litepod-...
 : "${RUNTIME:=v2-alpha-tpuv5}"
 : "${CAPACITY:=--spot}"                    # Or --reserved, or empty for on-demand.
 : "${REPOSITORY:?name the address from which every host can clone this repository}"

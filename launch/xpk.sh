@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on one slice or several of a GKE cluster, through XPK (https://github.com/AI-Hypercomputer/xpk).
 #
-#   CLUSTER=mine IMAGE=gcr.io/project/moe_jax WORKDIR=gs://bucket/run launch/xpk.sh [--steps=1000]
+#   CLUSTER=mine IMAGE=gcr.io/project/moe_jax WORKDIR=gs://bucket/run launch/xpk.sh \
+#       --topology=tpu-v5p-256 [--steps=1000]
 #
 # The image has this repository in /moe_jax, after `make install EXTRA=tpu` and
 # `.venv/bin/pip install gcsfs` in it. docs/pods_launch.md explains the rest.
@@ -10,11 +11,11 @@ set -euo pipefail
 : "${WORKDIR:?name a folder that every host can write to, such as gs://bucket/run}"
 : "${CLUSTER:?name the GKE cluster}"
 : "${IMAGE:?name the container image}"
-: "${CONFIG:=configs/glam/1_7b_64e.py}"
+: "${CONFIG:=configs/mixtral/8x7b.py}"
 : "${NAME:=moe-jax}"
 : "${SLICES:=1}"
-: "${MACHINE:=tpu-v5p-128}"                # One slice, as experiments/compile_pod.py names it.
-: "${TPU_TYPE:=v5p-128}"                   # As XPK does; a v5e is v5litepod-...
+: "${MACHINE:=tpu-v5p-256}"                # One slice, as experiments/compile_pod.py names it.
+: "${TPU_TYPE:=v5p-256}"                   # As XPK does; a v5e is v5litepod-...
 : "${RESTARTS:=50}"
 : "${GRACE_SECONDS:=600}"                  # For the checkpoint that is written on SIGTERM.
 

@@ -291,7 +291,7 @@ def _medians(at: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return places, np.array([np.median(values[at == place]) for place in places])
 
 
-_COLLECTIVES = {
+COLLECTIVES = {
     "all-to-all": "#E69F00", "ragged-all-to-all": "#8C6100", "all-gather": "#56B4E9",
     "reduce-scatter": "#F0E442", "all-reduce": "#CC79A7", "collective-permute": "#000000",
     "collective-broadcast": "#BBBBBB",
@@ -346,7 +346,7 @@ def _draw_collectives(axes: Axes, results: Mapping[str, Mapping[str, float]]) ->
         axes.text(0.5, 0.5, "no collectives", ha="center", transform=axes.transAxes)
         return
     layers, top = list(results), np.zeros(len(results))
-    for collective, color in _COLLECTIVES.items():
+    for collective, color in COLLECTIVES.items():
         heights = np.array([results[layer].get(collective, 0.0) for layer in layers]) / 1024
         if heights.any():
             axes.bar(layers, heights, bottom=top, color=color, label=collective, width=0.7)

@@ -11,8 +11,7 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_jax.analysis.figures import _COLLECTIVES as COLLECTIVES
-from moe_jax.analysis.figures import DENSE, NEUTRAL, SPARSE
+from moe_jax.analysis.figures import COLLECTIVES, DENSE, NEUTRAL, SPARSE
 
 Reports = Sequence[Mapping[str, Any]]
 

@@ -26,7 +26,7 @@ from moe_jax.parallel.sharding import axis_size
 _LOG = logging.getLogger(__name__)
 
 # Rows of scores that a splash kernel holds at once, from the largest that divides the length.
-_SPLASH_BLOCKS = (512, 256, 128)
+SPLASH_BLOCKS = (512, 256, 128)
 
 
 def attend(
@@ -115,8 +115,8 @@ def obstacle_to_splash(
     batch, length, heads, width = query.shape
     shards, heads_shards = axis_size(mesh, TOKEN_AXES), axis_size(mesh, MODEL)
     for size in (length, key.shape[1]):
-        if size % _SPLASH_BLOCKS[-1]:
-            return f"the length is {size}, not a multiple of {_SPLASH_BLOCKS[-1]}"
+        if size % SPLASH_BLOCKS[-1]:
+            return f"the length is {size}, not a multiple of {SPLASH_BLOCKS[-1]}"
     if width % 8:
         return f"the head width is {width}, not a multiple of 8"
     if bias is not None:
@@ -183,7 +183,7 @@ def _splash_kernel(
     """Of one row of the batch: [H, L, h], [J, M, h], [J, M, v] and segments to [H, L, v]."""
     kind = splash_attention.CausalMask if causal else splash_attention.FullMask
     block_q, block_kv = (
-        next(size for size in _SPLASH_BLOCKS if n % size == 0) for n in (length, key_length)
+        next(size for size in SPLASH_BLOCKS if n % size == 0) for n in (length, key_length)
     )
     return splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([kind((length, key_length))] * heads),

@@ -23,6 +23,7 @@ GIANTS = (
     "configs/st_moe/32b.py",
     "configs/soft_moe/soft_h14_256e.py",
     "configs/deepseek_moe/145b.py",
+    "configs/mixtral/8x7b.py",
     "configs/mixtral/8x22b.py",
     "configs/deepseek_v3/v3.py",
 )

@@ -76,7 +76,7 @@ def laid_out(
             known = ", ".join(layout.topology for layout in layouts) or "none"
             raise UserError(
                 f"--topology is {name}, for which the config has no mesh (it has those of: {known}); "
-                "give --mesh, such as data:4,expert:8, or let --search find one."
+                "name one of them, or give a mesh, which compile_pod.py --search finds."
             )
         return dataclasses.replace(config, mesh=parse_mesh(mesh, config.mesh)), ""
     laid = found[0].apply(config)

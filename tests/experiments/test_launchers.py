@@ -1,4 +1,4 @@
-"""The launchers: what they say exists, and one is rehearsed from a signal to the end of the run."""
+"""The launchers: what they say exists; signals and statuses; one rehearsed to the end of a run."""
 
 import os
 import pathlib
@@ -49,7 +49,7 @@ def test_a_script_gives_the_trainer_flags_that_exist(path):
 
 def test_the_document_names_flags_that_exist():
     text = DOCUMENT.read_text()
-    used = set(re.findall(r"--(\w+)\b(?!-)", text)) - {"nodes", "logdir"}  # Of sbatch and xprof.
+    used = set(re.findall(r"--(\w+)\b(?!-)", text)) - {"nodes", "logdir", "search"}  # Others'.
     assert flags_of_trainer(text) <= used == used & flags_that_exist()
     for field in set(re.findall(r"--config\.([\w.]+)=?", text)):
         node = quickstart()
@@ -63,6 +63,97 @@ def test_files_that_are_named_exist(path):
     assert named
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+_PYTHON = """#!/usr/bin/env bash
+# Stands for Python: prints flags, or trains until SIGTERM or until it ends with $STATUS.
+if [ "$1" = -m ]; then echo "--flag_of=$3"; exit; fi
+echo "$LIBTPU_INIT_ARGS$XLA_FLAGS|$*"
+trap 'sleep 0.2; echo saved; exit 0' TERM
+[ -n "$STATUS" ] && exit "$STATUS"
+echo ready
+while true; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a script with a Python that does not train; gives STATUS to it."""
+    fake_slurm.install(tmp_path)
+    python = tmp_path / "python"
+    python.write_text(_PYTHON)
+    python.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(python), "SLURM_NTASKS": "1",
+        "SLURM_JOB_ID": "17", "WORKDIR": "/shared/run", "CONFIG": "c.py", "MACHINE": "gpu-h100-8",
+    }  # fmt: skip
+    started = []
+
+    def start(command: list[str], status: int | None = None, **variables: str) -> subprocess.Popen:
+        given = "" if status is None else str(status)
+        process = subprocess.Popen(
+            ["bash", *command], cwd=ROOT, env={**environment, "STATUS": given, **variables},
+            stdout=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+ON_HOST = ["launch/on_host.sh", "tpu-v5p-8", "--config=c.py", "--workdir=w", "--steps=3"]
+SLURM = ["launch/slurm.sbatch", "--steps=3"]
+
+
+def test_a_host_trains_with_the_flags_of_its_machine(start):
+    out, _ = start(ON_HOST, status=0).communicate(timeout=60)
+    assert out == (
+        "--flag_of=tpu-v5p-8|experiments/train.py --distributed --config=c.py --workdir=w --steps=3\n"
+    )
+
+
+def test_a_slurm_job_trains_with_the_flags_of_its_machine(start, tmp_path):
+    process = start(SLURM, status=0, XLA_FLAGS="--mine=1")
+    out, _ = process.communicate(timeout=60)
+    assert out == (
+        "--mine=1 --flag_of=gpu-h100-8|experiments/train.py --distributed --config=c.py "
+        "--workdir=/shared/run --steps=3\n"
+    )
+    assert process.returncode == 0 and not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize(("command", "status"), [(ON_HOST, 143), (SLURM, 0)], ids=["host", "slurm"])
+def test_a_signal_is_passed_on_and_the_checkpoint_is_waited_for(start, tmp_path, command, status):
+    process = start(command)
+    while "ready" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert out == "saved\n" and process.returncode == status
+    assert (tmp_path / "requeued").exists() == (command == SLURM)
+
+
+@pytest.mark.parametrize(
+    ("status", "starts", "requeued"),
+    [(134, "0", True), (134, "50", False), (2, "0", False), (0, "0", False)],
+    ids=["a task died", "too often", "user error", "done"],
+)
+def test_a_slurm_job_is_repeated_where_that_may_help(start, tmp_path, status, starts, requeued):
+    process = start(SLURM, status=status, SLURM_RESTART_COUNT=starts)
+    process.communicate(timeout=60)
+    assert process.returncode == status
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+@pytest.mark.parametrize("status", [0, 2, 134])
+def test_a_host_ends_with_the_status_of_the_trainer(start, status):
+    process = start(ON_HOST, status=status)
+    process.communicate(timeout=60)
+    assert process.returncode == status
 
 
 def free_job_number() -> int:
@@ -88,6 +179,7 @@ def slurm(tmp_path, data_dir):
             "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable,
             "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "SLURM_JOB_ID": str(free_job_number()), "SLURM_NTASKS": str(tasks),
             "CONFIG": "tests/training/one_block.py", "WORKDIR": str(tmp_path / "run"),
         }  # fmt: skip
@@ -109,6 +201,7 @@ def slurm(tmp_path, data_dir):
             process.wait()
 
 
+@pytest.mark.slow  # Six processes, each of which imports and compiles: 100 s on one core.
 def test_a_signal_puts_the_job_back_into_the_queue_and_it_ends_with_more_processes(slurm, tmp_path):
     first = slurm(tasks=2)
     while not metrics.read(tmp_path / "run") and first.poll() is None:

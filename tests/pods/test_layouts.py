@@ -34,7 +34,7 @@ def test_a_mesh_on_the_command_line_goes_before_the_layouts():
 
 
 def test_a_machine_without_layout_needs_a_mesh():
-    with pytest.raises(UserError, match=r"--topology is v5e:4x4, .* of: v5e:2x2, v4:2x2x2\); give"):
+    with pytest.raises(UserError, match=r"--topology is v5e:4x4, .* of: v5e:2x2, v4:2x2x2\); name"):
         laid_out(quickstart.get_config(), LAYOUTS, "v5e:4x4")
     with pytest.raises(UserError, match="of: none"):
         laid_out(quickstart.get_config(), (), "v5e:4x4")

@@ -48,7 +48,7 @@ def compile_with(flags: str, machine: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "machine", ["v4:2x2x1", "v5e:2x2", "2*v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+    "machine", ["v3:2x2", "v4:2x2x1", "v5e:2x2", "2*v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 )
 def test_libtpu_accepts_the_flags_and_exchanges_tokens_asynchronously(machine):
     done = compile_with(" ".join(map(str, flags_for(machine))), machine)

@@ -1,45 +1,23 @@
-"""A run's small files in an object store, which fsspec's store in memory stands for.
+"""A run in an object store: its records, its picture, its trace, its checkpoints."""
 
-Arrays are not here: TensorStore writes them by its own client of the store.
-"""
-
-import fsspec
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from moe_jax.analysis import figures
-from moe_jax.training import checkpoints, metrics
+from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.training import checkpoints, loop, metrics
 from moe_jax.training.metrics import MetricsWriter
 from moe_jax.training.storage import absolute, is_remote
 from moe_jax.training.traced_steps import StepTracer
-
-
-class Bucket(MemoryFileSystem):
-    """Refuses what object stores cannot do."""
-
-    protocol = ("gcs", "gs")
-    store: dict = {}  # noqa: RUF012 - as in fsspec.
-    pseudo_dirs = [""]  # noqa: RUF012
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.removeprefix("gs://"))
-
-    def _open(self, path, mode="rb", **options):
-        assert mode in ("rb", "wb"), "objects cannot grow"
-        return super()._open(path, mode, **options)
+from tests.training.bucket import Bucket, empty_bucket
+from tests.training.one_block import get_config
 
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """A folder in it."""
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    monkeypatch.setattr(Bucket, "store", {})
-    monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
-    folder = epath.Path("gs://bucket/run")
-    folder.mkdir(parents=True)
-    return folder
+    """A folder in an empty one."""
+    with empty_bucket(monkeypatch) as folder:
+        yield folder
 
 
 def test_paths_are_told_apart(tmp_path, monkeypatch):
@@ -93,3 +71,17 @@ def test_a_manifest_in_the_bucket_finds_damage(bucket):
     )
     checkpoints._remove_folder(folder)
     assert not folder.exists()
+
+
+def test_a_run_in_a_bucket_continues_on_another_mesh(bucket, data_dir):
+    config = get_config()
+    config.data.data_dir, config.steps, config.checkpoint.keep = data_dir, 3, 1
+    loop.train(config, bucket, profiled=range(2, 3))
+    assert checkpoints.Checkpoints(bucket / "checkpoints").steps() == [3]
+    config.steps, config.mesh = 6, MeshConfig(data=2, expert=4)
+    records = loop.train(config, bucket)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert checkpoints.Checkpoints(bucket / "checkpoints").steps() == [6]
+    kept = {path.split("/")[3] for path in Bucket.store}
+    assert {"config.json", "metrics.jsonl", "report.png", "profile", "checkpoints"} <= kept
+    assert not [path for path in Bucket.store if path.endswith(".tmp")]

@@ -13,10 +13,7 @@ from jax.sharding import AbstractMesh
 
 from moe_jax.analysis.accounting.machine import Machine
 from moe_jax.analysis.accounting.products import Product
-from moe_jax.layers.attention_kernels import obstacle_to_splash
-
-# Sides of a splash kernel's blocks of scores: the first that divides the length.
-_SPLASH_BLOCKS = (512, 256, 128)
+from moe_jax.layers.attention_kernels import SPLASH_BLOCKS, obstacle_to_splash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Scores:
     def _pairs_in_splash(self) -> int:
         """Scores in all blocks that are not wholly masked, of one head of one row."""
         rows, columns = (
-            next(block for block in _SPLASH_BLOCKS if length % block == 0)
+            next(block for block in SPLASH_BLOCKS if length % block == 0)
             for length in (self.length, self.key_length)
         )
         if not self.causal:
