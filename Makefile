@@ -91,7 +91,7 @@ else
 endif
 
 lock:
-	uv pip compile setup.py --extra test --extra vowels --extra gpu --extra tpu --universal --python-version 3.11 --upgrade \
+	uv pip compile setup.py --extra test --extra vowels --extra gpu --extra tpu --extra gcs --universal --python-version 3.11 --upgrade \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean:

@@ -46,5 +46,7 @@ setup(
         "parity": ["torch==2.13.0", "transformers==5.23.0"],
         "gpu": ["jax[cuda12]", "tokamax>=0.0.12"],
         "tpu": ["jax[tpu]"],
+        # For checkpoints in gs:// buckets.
+        "gcs": ["gcsfs"],
     },
 )

@@ -49,7 +49,7 @@ wait_for_slice() {
 install="set -e
 test -d moe_jax || git clone --quiet $REPOSITORY moe_jax
 cd moe_jax && git fetch --quiet && git checkout --quiet $COMMIT
-make install EXTRA=tpu && .venv/bin/pip install --quiet gcsfs"
+make install EXTRA=tpu && make install EXTRA=gcs"
 
 train="moe_jax/launch/on_host.sh $MACHINE $(printf '%q ' --config="$CONFIG" --workdir="$WORKDIR" "$@")"
 

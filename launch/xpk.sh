@@ -5,7 +5,7 @@
 #       --topology=tpu-v5p-256 [--steps=1000]
 #
 # The image has this repository in /moe_jax, after `make install EXTRA=tpu` and
-# `.venv/bin/pip install gcsfs` in it. docs/pods_launch.md explains the rest.
+# `make install EXTRA=gcs` in it. docs/pods_launch.md explains the rest.
 set -euo pipefail
 
 : "${WORKDIR:?name a folder that every host can write to, such as gs://bucket/run}"
