@@ -18,7 +18,12 @@ MeshAxes = str | tuple[str, ...] | None
 
 # Dimensions that are split only to save memory (FSDP): a parameter too small to be worth the
 # gathering keeps them whole, and so does one that the mesh does not divide.
-FSDP_AXES: dict[str, MeshAxes] = {"embed": TOKEN_AXES}
+FSDP_AXES: dict[str, MeshAxes] = {
+    "embed": TOKEN_AXES,
+    # Of latent attention's products with compressed vectors, which have no `embed`: whole, they would
+    # take 12 GiB of each device for DeepSeek-V3's weights alone.
+    "latent": TOKEN_AXES,
+}
 
 MESH_AXES: dict[str, MeshAxes] = {
     **FSDP_AXES,
@@ -27,7 +32,6 @@ MESH_AXES: dict[str, MeshAxes] = {
     "heads": MODEL,
     "head": None,
     "kv_heads": MODEL,
-    "latent": None,  # The compressed vectors of latent attention are whole on every device.
     "positions": None,
     "qkv": None,
     "mlp": MODEL,
@@ -74,9 +78,11 @@ def parameter_spec(
     stacked = axes[1:] if axes[0] == "layers" else axes
     elements = math.prod(shape[len(axes) - len(stacked) :])
     spec = list(partition_spec(axes))
+    whole = elements < fsdp_min_size
     for position, (size, axis) in enumerate(zip(shape, axes, strict=True)):
         if axis in FSDP_AXES:
-            spec[position] = None if elements < fsdp_min_size else _fsdp_axes(size, axis, mesh)
+            spec[position] = None if whole else _fsdp_axes(size, axis, mesh)
+            whole = whole or spec[position] is not None  # A mesh axis splits one dimension only.
         shards = axis_size(mesh, spec[position])
         if size % shards:
             raise UserError(

@@ -53,6 +53,9 @@ def test_small_parameters_are_not_split_to_save_memory(mesh):
     # 14 rows are divided by one of the axes, 15 by none.
     assert spec(0, shape=(14, 8)) == PartitionSpec(("data",), "model")
     assert spec(0, shape=(15, 8)) == PartitionSpec(None, "model")
+    # A mesh axis splits one dimension only: the first that saves memory.
+    assert spec(0, ("embed", "latent"), (16, 8)) == PartitionSpec(("data", "expert"), None)
+    assert spec(0, ("embed", "latent"), (15, 8)) == PartitionSpec(None, ("data", "expert"))
     # A small parameter need not be divisible.
     assert spec(129, shape=(15, 8)) == PartitionSpec(None, "model")
     # Experts are always split, as the MoE layer expects.
