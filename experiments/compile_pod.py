@@ -11,12 +11,17 @@ gpu-h100-64; 2*tpu-v5e-256 are two slices. Without --topology and --mesh the con
 --search tries meshes, remat policies and microbatches, ranks them, and keeps results in
 ~/.cache/moe_jax/pods, so that it goes on where it was stopped.
 
-Exit status: 0 the step fits, 2 it does not.
+libtpu compiles with its defaults; export LIBTPU_INIT_ARGS="$(python -m moe_jax.pods.xla_flags NAME)" first
+to compile with the flags of the launchers.
+
+Exit status: 0 the step fits; 2 it does not, and the report is on stdout, or a flag is wrong, and stdout is
+empty.
 """
 
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 from etils import epath
@@ -25,9 +30,10 @@ from tqdm import tqdm
 
 from moe_jax import command_line
 from moe_jax.errors import UserError
-from moe_jax.pods.compile import compile_step, refusal_sentence
+from moe_jax.parallel.mesh import parse_mesh
+from moe_jax.pods.compile import compile_step, refusal_sentence, stand_in_sentence
 from moe_jax.pods.hardware import Topology, topology
-from moe_jax.pods.layouts import changes_between, laid_out, pods_of
+from moe_jax.pods.layouts import PodLayout, changes_between, laid_out, pods_of
 from moe_jax.pods.report import GIB, PodReport
 from moe_jax.pods.search import search
 from moe_jax.training.experiment import Experiment
@@ -57,11 +63,11 @@ def main() -> None:
         raise UserError(f"--topology is not given and {name} names none; give one.")
     machine = topology(_TOPOLOGY.value or layouts[0].topology)
     if _SEARCH.value:
-        reports = _search(config, machine, name)
-        print(json.dumps([one.as_json() for one in reports]) if _json() else _ranking(reports))
+        reports = _search(config, layouts, machine, name)
+        print(json.dumps([one.as_json() for one in reports]) if _json() else ranking(reports))
         best = reports[0]
     else:
-        laid, note = laid_out(config, layouts, machine.name, _MESH.value)
+        laid, note = laid_out(config, layouts, machine.code, _MESH.value)
         changes = changes_between(config, laid)
         if not _json():
             print(f"compiling for {machine.name}, mesh {laid.mesh}", file=sys.stderr)
@@ -75,15 +81,20 @@ def _json() -> bool:
     return _FORMAT.value == "json"
 
 
-def _search(config: Experiment, machine: Topology, name: str) -> list[PodReport]:
+def _search(
+    config: Experiment, layouts: Sequence[PodLayout], machine: Topology, name: str
+) -> list[PodReport]:
+    if any(topology(layout.topology) == machine for layout in layouts):
+        config, _ = laid_out(config, layouts, machine.code)
+    only = parse_mesh(_MESH.value, config.mesh) if _MESH.value else None
     with tqdm(total=_SEARCH_LIMIT.value, unit="layout") as bar:
 
-        def tried(report: PodReport) -> None:
-            bar.update()
-            fate = f"{_seconds(report)}" if report.fits else "does not fit"
-            bar.set_postfix_str(f"{_layout(report)}: {fate}")
+        def tried(report: PodReport, compiled: bool) -> None:
+            bar.update(compiled)
+            fate = _seconds(report) if report.fits else "does not fit"
+            bar.write(f"{_layout(report)}: {fate}", file=sys.stderr)
 
-        return search(config, machine, name, _CACHE, _SEARCH_LIMIT.value, tried)
+        return search(config, machine, name, _CACHE, _SEARCH_LIMIT.value, tried, only)
 
 
 def _layout(report: PodReport) -> str:
@@ -96,12 +107,13 @@ def _seconds(report: PodReport) -> str:
     return f"{report.roofline.step_seconds:.3f} s" if report.roofline else ""
 
 
-def _ranking(reports: list[PodReport]) -> str:
+def ranking(reports: list[PodReport]) -> str:
+    """Layouts that were tried, the best first."""
     lines = [f"{'HBM GiB':>8}{'fits':>6}{'step':>10}{'MFU':>7}  {'bound by':14}layout"]
     for one in reports:
         line = one.roofline
         lines.append(
-            f"{one.hbm_bytes / GIB:8.1f}{'yes' if one.fits else 'no':>6}"
+            f"{one.hbm.total / GIB:8.1f}{'yes' if one.fits else 'no':>6}"
             + (
                 f"{line.step_seconds:9.3f}s{line.mfu:7.1%}  {line.binding:14}"
                 if line
@@ -142,6 +154,10 @@ def table(report: PodReport) -> str:
             )
         ),
     ]
+    if report.note:
+        lines += ["", f"Note: {report.note}."]
+    if report.compiled_for == "cpu":
+        lines += ["", stand_in_sentence(report.hardware)]
     if line is None:
         return "\n".join(lines)
     seconds = dataclasses.asdict(line)
@@ -163,14 +179,14 @@ def table(report: PodReport) -> str:
             f"{name} {seconds[name]:.4g}"
             for name in ("compute", "memory", "interconnect", "network")
         ),
-        f"no step is faster than {line.step_seconds:.4g} s ({line.binding}): MFU {line.mfu:.1%}, "
+        f"If all overlap, a step takes {line.step_seconds:.4g} s ({line.binding}): MFU {line.mfu:.1%}, "
         f"{line.mfu_without_overlap:.1%} if nothing overlaps; "
         f"{line.tokens_per_second_per_chip:,.0f} {report.unit}s/s for each chip",
     ]
-    if not report.exact or not all(one.exact for one in report.collectives):
-        lines.append("*: within a loop of unknown length or a branch; counted once, as taken.")
-    if report.note:
-        lines.append(f"Note: {report.note}")
+    if not report.exact:
+        lines.append(
+            "Not exact: a loop of unknown length counts as one trip, a branch as taken (*)."
+        )
     return "\n".join(lines)
 
 

@@ -7,7 +7,8 @@ device. DeepSeek-V3 scales strongly: the published model and its global batch. E
 real training step, compiled for that many devices, which takes minutes of a core; no TPU is needed.
 
 DIR gets a report of each point, a picture of each model and scaling.md. A point whose report is
-there is not compiled again, so the same command goes on where it was interrupted.
+there, or in docs/results/pods by the same compiler, is not compiled again, so the same command goes
+on where it was interrupted.
 """
 
 import dataclasses
@@ -18,23 +19,25 @@ import runpy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from absl import flags
 from etils import epath
 from tqdm import tqdm
 
 from moe_jax import command_line
 from moe_jax.analysis import pod_figures
+from moe_jax.configuration import encode
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import MeshConfig
-from moe_jax.pods.compile import compile_step
+from moe_jax.pods import budgets
+from moe_jax.pods.compile import compile_step, compiler_version
 from moe_jax.pods.hardware import topology
 from moe_jax.pods.layouts import PodLayout
 from moe_jax.pods.report import GIB, CollectiveSum, PodReport
-from moe_jax.pods.search import write
 from moe_jax.training.experiment import Experiment
 
 SIZES = tuple(2**n for n in range(3, 13))
-"""Numbers of devices."""
+"""Numbers of devices that --devices may ask for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +49,14 @@ class Study:
       title: for people.
       config: its file.
       layout: number of devices -> what is compiled for them.
+      sizes: numbers of devices unless --devices says others; each takes minutes of a core.
     """
 
     name: str
     title: str
     config: str
     layout: Callable[[int], PodLayout]
+    sizes: tuple[int, ...]
 
 
 def slice_of(generation: str, chips: int, dimensions: int) -> str:
@@ -71,10 +76,13 @@ def gshard(devices: int) -> PodLayout:
     """
     pods = max(devices // 2048, 1)
     chips = devices // 2  # Each of their two cores is a device.
+    # A width of 1,024 is not split over the 2,048 devices of one pod anyway.
+    whole = {} if devices == 2048 else {"mesh.fsdp_min_size": 2**40}
     return PodLayout(
         f"{pods}*{slice_of('v3', chips // pods, dimensions=2)}",
-        MeshConfig(data=pods, expert=devices // pods, fsdp_min_size=2**40),
+        MeshConfig(data=pods, expert=devices // pods),
         {
+            **whole,
             "model.encoder.num_experts": devices,
             "model.decoder.num_experts": devices,
             "model.encoder.remat": "full",
@@ -87,18 +95,19 @@ def gshard(devices: int) -> PodLayout:
 def deepseek_v3(devices: int) -> PodLayout:
     """DeepSeek-V3 on TPU v5p, with the batch of 15,360 sequences of 4,096 tokens on any number.
 
-    Up to 256 devices share the experts, then up to 4 times as many the rows. More do not divide the
-    batch (15,360 = 15 * 1,024), so they split heads and widths. A microbatch has one sequence for
-    each device, because buffers for three do not fit.
+    Up to 64 devices share the experts, as in the paper, then up to 16 times as many the rows. More do
+    not divide the batch (15,360 = 15 * 1,024), so they split heads and widths. A microbatch has one
+    sequence for each device, because buffers for three do not fit.
     """
-    expert = min(devices, 256)
-    data = min(devices // expert, 4)
+    expert = min(devices, 64)
+    data = min(devices // expert, 16)
     return PodLayout(
         slice_of("v5p", devices, dimensions=3),
         MeshConfig(data=data, expert=expert, model=devices // (data * expert)),
         {
             "microbatches": 15_360 // (data * expert),
-            # Times the rows of a balanced load; for all that can come, 32 times, there is no room.
+            # Times the rows of a balanced load; for all that can come, 8 times on 8 devices and 32
+            # times on 32 and more, there is no room.
             "model.moe.dispatch.buffer_factor": 1.25,
         },
     )
@@ -110,17 +119,19 @@ STUDIES = {
         "GShard MoE(E, 36L), E = devices, 2,048 tokens for each (weak scaling)",
         "configs/gshard/2048e_36l.py",
         gshard,
+        (8, 64, 512, 2048, 4096),
     ),
     "deepseek_v3": Study(
         "deepseek_v3",
         "DeepSeek-V3, batches of 63M tokens (strong scaling)",
         "configs/deepseek_v3/v3.py",
         deepseek_v3,
+        (8, 64, 128, 512, 1024, 4096),
     ),
 }
 
 _MODELS = flags.DEFINE_multi_enum("model", list(STUDIES), list(STUDIES), "May be repeated.")
-_DEVICES = flags.DEFINE_list("devices", [str(n) for n in SIZES], "How many; separated by commas.")
+_DEVICES = flags.DEFINE_list("devices", [], "How many, separated by commas; default: some sizes.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/pod_scaling", "Folder of reports and pictures.")
 
 
@@ -128,7 +139,8 @@ def main() -> None:
     """Compiles what is missing, then draws and prints what is there."""
     workdir = epath.Path(_WORKDIR.value)
     studies = [STUDIES[name] for name in dict.fromkeys(_MODELS.value)]
-    points = list(itertools.product(studies, sizes(_DEVICES.value)))
+    asked = sizes(_DEVICES.value)
+    points = [(study, devices) for study in studies for devices in asked or study.sizes]
     with tqdm(points, unit="point") as bar:
         for study, devices in bar:
             bar.set_description(f"{study.name} on {devices}")
@@ -163,13 +175,24 @@ def compile_point(study: Study, devices: int, workdir: epath.Path) -> None:
     if path.exists():
         return
     layout = study.layout(devices)
-    report = compile_step(
+    report = of_giant(study, layout) or compile_step(
         layout.apply(_config(study.config)),
         topology(layout.topology),
         name=study.config,
         changes=layout.changes,
     )
-    write(report, path)
+    report.write(path)
+    jax.clear_caches()  # Traced steps of giants would pile up.
+
+
+def of_giant(study: Study, layout: PodLayout) -> PodReport | None:
+    """The report in docs/results/pods if it is of the same step on the same machine."""
+    found = budgets.budget_of(study.config, compiler_version("tpu"))
+    if found is None or topology(found.topology) != topology(layout.topology):
+        return None
+    config = _config(study.config)
+    theirs = PodLayout(found.topology, MeshConfig(**found.mesh), found.changes).apply(config)
+    return found if encode(theirs) == encode(layout.apply(config)) else None
 
 
 @functools.cache
@@ -207,7 +230,7 @@ def table(reports: Sequence[PodReport]) -> list[str]:
             report.hardware,
             mesh,
             report.changes.get("microbatches", 1),
-            f"{report.hbm_bytes / GIB:.1f}",
+            f"{report.hbm.total / GIB:.1f}",
         ]
         if report.roofline:
             terms = report.roofline
@@ -227,21 +250,7 @@ def table(reports: Sequence[PodReport]) -> list[str]:
 
 def bends(reports: Sequence[PodReport]) -> list[str]:
     """Where the curves change their course and why, in sentences."""
-    sentences = []
-    refused = [report for report in reports if not report.fits]
-    for report in refused:
-        memory = report.hbm
-        state = memory.parameters + memory.optimizer_state
-        # Gradients and activations are said to be at fault only if the state leaves room for them.
-        reason = (
-            f"its state alone takes {state / GIB:.1f}"
-            if state > memory.capacity
-            else f"{memory.largest} take most"
-        )
-        sentences.append(
-            f"{report.devices:,} devices are too few: one would need {memory.total / GIB:.1f} GiB "
-            f"of the {memory.capacity / GIB:.1f} it has, and {reason}."
-        )
+    sentences = [_refusal(report) for report in reports if not report.fits]
     fitting = [report for report in reports if report.roofline]
     for before, after in itertools.pairwise(fitting):
         old, new = before.roofline, after.roofline
@@ -260,6 +269,20 @@ def bends(reports: Sequence[PodReport]) -> list[str]:
                 f"devices, to {_fall((before, after)):.0%} of what it was. {_slowest(after)}"
             )
     return sentences
+
+
+def _refusal(report: PodReport) -> str:
+    memory = report.hbm
+    state = memory.parameters + memory.optimizer_state
+    need = f"{memory.total / GIB:,.1f} GiB of the {memory.capacity / GIB:.1f} that a device has"
+    # Gradients and activations are said to be at fault only if the state leaves room for them.
+    if memory.temporaries is None:
+        reason = f"at least {need}, before gradients and activations"
+    elif state > memory.capacity:
+        reason = f"{need}, and {state / GIB:,.1f} of it is the state"
+    else:
+        reason = f"{need}, and most of it is {memory.largest}"
+    return f"On {report.devices:,} devices it does not fit: it needs {reason}."
 
 
 def _fall(pair: tuple[PodReport, PodReport]) -> float:

@@ -5,7 +5,7 @@
 
 The reports are in docs/results/pods, in a folder for each version of the compiler, and are the budgets
 of `make test-pods`. --compile makes those that are not there yet with the compiler that is installed,
-in two processes at a time, each of which takes up to ten minutes of a core; `rm` one to have it made anew.
+in two processes at a time; each takes 3 to 15 minutes of a core. `rm` one to have it made anew.
 """
 
 import concurrent.futures
@@ -24,7 +24,6 @@ from moe_jax.errors import UserError
 from moe_jax.pods import budgets, published_speeds
 from moe_jax.pods.compile import compiler_version
 from moe_jax.pods.report import GIB, PodReport
-from moe_jax.pods.search import write
 
 _COMPILE = flags.DEFINE_bool("compile", False, "Make the reports that are missing.")
 _ONLY = flags.DEFINE_multi_string("only", [], "Config files to compile; default: all giants.")
@@ -37,26 +36,28 @@ HEAD = """\
 # Published giants on their machines
 
 Each row is the training step that `train.py` runs, compiled for the whole machine by libtpu on a host
-without TPUs: the published global batch, length and optimizer, parameters and optimizer state in
-the dtypes that are named. `experiments/compile_pod.py --config=FILE` makes a row anew in minutes and
-says more of it; `make test-pods` holds some rows to these numbers.
+without TPUs: the global batch, length and optimizer that are published (Mixtral publishes none of
+them), parameters and optimizer state in the dtypes that are named. `experiments/compile_pod.py
+--config=FILE` makes a row anew in some minutes and says more of it; `make test-pods` holds four rows
+to these numbers. The compiler has its defaults here; the launchers' flags may change memory a little.
 
 - HBM: of a device, all that the step needs, and what the compiler lets it have.
-- TFLOPs: what a device executes in a step, and how much of it is algorithmic (three forward passes
-  of chosen experts; the rest is recomputation, capacity that is not filled, attention to masked
-  positions, routers).
-- Sent: results of a step's collectives on a device, by kind.
-- Roofline: no step is faster than the slowest of compute, memory and interconnect at the peaks of the
-  data sheets, if all overlap. MFU: algorithmic FLOPs at that speed over the matrix peak, and the same if
-  nothing overlaps.
+- TFLOPs: what a device executes in a step, and how much of it is algorithmic (three forward passes in
+  which a token visits its experts; the rest is recomputation, slots that stay empty, attention to
+  masked positions, routers). Executed FLOPs are those of the program, and equal those that
+  `moe_jax.analysis.accounting` has from the config.
+- Collectives: their results on a device in a step, by kind.
+- Roofline: an estimate of the step's time from the peaks of the data sheets if compute, memory,
+  interconnect and network overlap, and the slowest of them. MFU: algorithmic FLOPs at that speed over the
+  matrix peak, and the same if nothing overlaps.
 
 """
 
 SPEEDS = """\
 ## Published speeds beside rooflines
 
-How long a step took where somebody ran it, and the bound for our step of the same batch. No run reaches a
-bound; the ratio says how far it was.
+How long a step took where somebody ran it, and our estimate for the same batch if all overlaps. No run
+reaches that; the ratio says how far it was.
 """
 
 
@@ -111,10 +112,11 @@ def _compile_one(config: str, compiler: str) -> str:
     command = [sys.executable, "experiments/compile_pod.py", f"--config={config}", "--format=json"]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     if not done.stdout:
-        return f"{config}: {done.stderr.strip().splitlines()[-1]}"
+        said = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
+        return f"{config}: {said[-1]}"
     report = PodReport.read(json.loads(done.stdout))
     path = budgets.budget_file(config, compiler)
-    write(report, epath.Path(path))
+    report.write(epath.Path(path))
     return f"{config}: {'fits' if report.fits else 'does not fit'}, in {path}"
 
 
@@ -123,7 +125,7 @@ def page(reports: list[PodReport]) -> str:
     lines = [HEAD.rstrip("\n"), ""]
     lines.append(
         "| model | machine | mesh and layout | batch | parameters | optimizer | HBM, GiB | TFLOPs | "
-        "sent, GiB | roofline | MFU |"
+        "collectives, GiB | roofline | MFU |"
     )
     lines.append("|" + "---|" * 11)
     lines += [_row(one) for one in reports]
@@ -148,10 +150,10 @@ def _row(report: PodReport) -> str:
     batch = f"{report.rows_per_step:,}" + (f" x {length}" if report.unit == "token" else " images")
     line = report.roofline
     share = report.algorithmic_flops_per_device / (report.flops_per_device or 1)
-    sent: dict[str, int] = {}
+    results: dict[str, int] = {}
     for one in report.collectives:
-        sent[one.kind] = sent.get(one.kind, 0) + one.bytes
-    largest = sorted(sent.items(), key=lambda pair: -pair[1])
+        results[one.kind] = results.get(one.kind, 0) + one.bytes
+    largest = sorted(results.items(), key=lambda pair: -pair[1])
     return (
         "| "
         + " | ".join(
@@ -162,7 +164,7 @@ def _row(report: PodReport) -> str:
                 batch,
                 f"{report.params / 1e9:,.1f}B {report.parameter_dtype}",
                 report.optimizer,
-                f"{report.hbm_bytes / GIB:.1f} of {report.hbm.capacity / GIB:.1f}"
+                f"{report.hbm.total / GIB:.1f} of {report.hbm.capacity / GIB:.1f}"
                 + ("" if report.fits else ", **does not fit**"),
                 f"{report.flops_per_device / 1e12:,.0f}, {share:.0%} algorithmic" if line else "",
                 ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in largest if size > GIB / 20),

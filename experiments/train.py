@@ -4,7 +4,7 @@
         [--steps=500] [--config.model.num_experts=16] [--profile_steps=10:5]
 
 --topology=v4:8x8x16 takes the mesh, and what else saves memory, that the config file has for this
-machine (its PODS), which experiments/compile_pod.py compiles.
+machine (its PODS), which experiments/compile_pod.py compiles; --mesh=data:32,expert:8 goes before.
 
 Running the same command again continues the run from its newest good checkpoint.
 
@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from moe_jax import command_line
 from moe_jax.parallel import multihost
+from moe_jax.parallel.mesh import parse_mesh
 from moe_jax.pods.layouts import laid_out, pods_of
 from moe_jax.training import loop, traced_steps
 
@@ -32,6 +33,9 @@ _PROFILE_STEPS = flags.DEFINE_string(
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "", "Machine whose layout the config file has; default: the config's own mesh."
+)
+_MESH = flags.DEFINE_string(
+    "mesh", "", "Such as data:4,expert:8; default: the layout's or config's."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes, as the cluster says (TPU, GKE, Slurm, MPI)."
@@ -50,7 +54,9 @@ def main() -> None:
     config = command_line.experiment(_CONFIG.value)
     if _TOPOLOGY.value:
         layouts = pods_of(config_flags.get_config_filename(flags.FLAGS["config"]))
-        config, _ = laid_out(config, layouts, _TOPOLOGY.value)
+        config, _ = laid_out(config, layouts, _TOPOLOGY.value, _MESH.value)
+    elif _MESH.value:
+        config.mesh = parse_mesh(_MESH.value, config.mesh)
     if _STEPS.value is not None:
         config.steps = _STEPS.value
     records = loop.train(config, _WORKDIR.value, profiled=profiled)

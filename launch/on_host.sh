@@ -11,22 +11,26 @@ machine="$1"
 cd "$(dirname "$0")/.."
 : "${PYTHON:=.venv/bin/python}"
 
-LIBTPU_INIT_ARGS="$("$PYTHON" -m moe_jax.pods.xla_flags "$machine")"
+LIBTPU_INIT_ARGS="$("$PYTHON" -m moe_jax.pods.xla_flags "$machine") ${LIBTPU_INIT_ARGS:-}"
 export LIBTPU_INIT_ARGS
 
 stopped=0
+training=
 stop() {
   stopped=1
-  kill -TERM "$training"
+  kill -TERM "$training" 2>/dev/null || true
 }
 trap stop TERM
 
 "$PYTHON" experiments/train.py --distributed "${@:2}" &
 training=$!
+# Each signal ends a `wait` before the process has ended; the last `wait` tells its status.
+while kill -0 "$training" 2>/dev/null; do
+  wait "$training" || true
+done
 status=0
 wait "$training" || status=$?
 if ((stopped)); then
-  wait "$training" || true                 # The signal ended the first `wait` before the process.
   exit 143
 fi
 exit "$status"

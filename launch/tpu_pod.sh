@@ -13,12 +13,15 @@ set -euo pipefail
 : "${NAME:=moe-jax}"                       # Of the slice and of its place in the queue.
 : "${ZONE:=us-east5-a}"                    # PROJECT is gcloud's default one.
 : "${MACHINE:=tpu-v5p-256}"                # As experiments/compile_pod.py names it.
-: "${ACCELERATOR:=v5p-256}"                # As Google Cloud does; a v5e is v5litepod-...
 : "${RUNTIME:=v2-alpha-tpuv5}"
 : "${CAPACITY:=--spot}"                    # Or --reserved, or empty for on-demand.
 : "${REPOSITORY:?name the address from which every host can clone this repository}"
-: "${COMMIT:=$(git rev-parse HEAD)}"
+: "${COMMIT:=$(git rev-parse HEAD)}"         # There, too: push it first.
 : "${ATTEMPTS:=20}"
+
+# As Google Cloud names the machine.
+ACCELERATOR="${MACHINE#tpu-}"
+ACCELERATOR="${ACCELERATOR/#v5e/v5litepod}"
 
 queue() {
   gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"
@@ -46,18 +49,21 @@ wait_for_slice() {
   done
 }
 
-install="set -e
-test -d moe_jax || git clone --quiet $REPOSITORY moe_jax
-cd moe_jax && git fetch --quiet && git checkout --quiet $COMMIT
-make install EXTRA=tpu && make install EXTRA=gcs"
+# The images have an older Python than 3.11. Statuses are made 1, because make's 2 would be taken for
+# the trainer's.
+install="sudo apt-get update --quiet && sudo apt-get install --quiet --yes python3.11-venv &&
+{ test -d moe_jax || git clone --quiet $REPOSITORY moe_jax; } &&
+cd moe_jax && git fetch --quiet && git checkout --quiet $COMMIT &&
+make install EXTRA=tpu PYTHON=python3.11 && make install EXTRA=gcs PYTHON=python3.11 || exit 1"
 
-train="moe_jax/launch/on_host.sh $MACHINE $(printf '%q ' --config="$CONFIG" --workdir="$WORKDIR" "$@")"
+train="PYTHON=.venv-python3.11/bin/python moe_jax/launch/on_host.sh $MACHINE"
+train+=" $(printf '%q ' --config="$CONFIG" --workdir="$WORKDIR" "$@")"
 
 for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
   wait_for_slice
-  everywhere "$install"
+  # A slice that is just made, or just taken away, may refuse what it is asked for.
   status=0
-  everywhere "$train" || status=$?
+  { everywhere "$install" && everywhere "$train"; } || status=$?
   # 0: done; 2: the user asked for something impossible.
   if ((status == 0 || status == 2)); then
     exit "$status"

@@ -15,9 +15,12 @@ set -euo pipefail
 : "${NAME:=moe-jax}"
 : "${SLICES:=1}"
 : "${MACHINE:=tpu-v5p-256}"                # One slice, as experiments/compile_pod.py names it.
-: "${TPU_TYPE:=v5p-256}"                   # As XPK does; a v5e is v5litepod-...
 : "${RESTARTS:=50}"
 : "${GRACE_SECONDS:=600}"                  # For the checkpoint that is written on SIGTERM.
+
+# As XPK names the machine.
+TPU_TYPE="${MACHINE#tpu-}"
+TPU_TYPE="${TPU_TYPE/#v5e/v5litepod}"
 
 flags="$(printf '%q ' --config="$CONFIG" --workdir="$WORKDIR" "$@")"
 # On one line, because XPK puts it into a YAML file.

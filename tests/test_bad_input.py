@@ -11,8 +11,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax import command_line
+from moe_jax import command_line, configuration
+from moe_jax.dispatch.dropless import Dropless, Wire
 from moe_jax.errors import UserError
+from moe_jax.models.stack import Remat
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.routing.token_choice import TopK
 from moe_jax.training import experiment, loop
@@ -143,6 +145,19 @@ def test_workdir_of_another_run(data_dir, four_steps):
         loop.train(config, four_steps)
     for word in ["config.model.width (the run has 16, you ask for 32)", "config.seed", "--workdir"]:
         assert word in str(error.value)
+
+
+def test_a_run_goes_on_with_what_saves_memory_on_another_machine(tmp_path):
+    config = tiny_config("data")
+    config.model.moe.dispatch = Dropless()
+    record = {"config": configuration.encode(config)}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    config.microbatches, config.model.remat = 4, Remat.FULL
+    config.model.moe.dispatch.buffer_factor = 1.25
+    experiment.check_continues(tmp_path, config)
+    config.model.moe.dispatch.wire = Wire.BFLOAT16
+    with pytest.raises(UserError, match=r"another run: config\.model\.moe\.dispatch\.wire .the run"):
+        experiment.check_continues(tmp_path, config)
 
 
 def test_steps_that_are_done_already(data_dir, four_steps):

@@ -22,7 +22,7 @@ PODS = (
         "v5p:4x4x8",
         MeshConfig(data=16, expert=8),
         {"model.moe.dispatch.buffer_factor": 2.0},
-        note="the machine is that of MaxText's figure; buffers have room for twice as many rows as at "
+        note="the machine is that of MaxText's figure, batch and optimizer are not published; buffers have room for twice as many rows as at "
         "balance",
     ),
 )

@@ -109,7 +109,7 @@ def mesh_of(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
       UserError: `data` does not divide into the slices.
     """
     shape = (config.data, config.expert, config.model)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
     if config.data % slices:
         raise UserError(
             f"mesh.data is {config.data}, which the {slices} slices do not divide; only the data axis "

@@ -15,6 +15,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import DATA, EXPERT, MODEL, TOKEN_AXES
 
 MeshAxes = str | tuple[str, ...] | None
+AnyMesh = Mesh | jax.sharding.AbstractMesh
 
 # Dimensions that are split only to save memory (FSDP): a parameter too small to be worth the
 # gathering keeps them whole, and so does one that the mesh does not divide.
@@ -68,7 +69,7 @@ def partition_spec(axes: Sequence[str]) -> PartitionSpec:
 
 
 def parameter_spec(
-    name: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh, fsdp_min_size: int
+    name: str, shape: Sequence[int], axes: Sequence[str], mesh: AnyMesh, fsdp_min_size: int
 ) -> PartitionSpec:
     """The PartitionSpec of one parameter; `name` is what an error calls it.
 
@@ -92,7 +93,7 @@ def parameter_spec(
     return PartitionSpec(*spec)
 
 
-def _fsdp_axes(size: int, axis: str, mesh: Mesh) -> MeshAxes:
+def _fsdp_axes(size: int, axis: str, mesh: AnyMesh) -> MeshAxes:
     """Those mesh axes of an FSDP dimension that divide it into the most parts; None if none does.
 
     1,024 rows lie whole on 2,048 expert-parallel devices, and 1,280 on 512 = 2 x 256 in 256 parts.
@@ -107,13 +108,13 @@ def _fsdp_axes(size: int, axis: str, mesh: Mesh) -> MeshAxes:
     )
 
 
-def axis_size(mesh: Mesh | jax.sharding.AbstractMesh, axes: MeshAxes) -> int:
+def axis_size(mesh: AnyMesh, axes: MeshAxes) -> int:
     """Number of shards made by splitting over `axes`."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)
 
 
-def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh, fsdp_min_size: int) -> Any:
+def parameter_shardings(shapes: Any, axes: Any, mesh: AnyMesh, fsdp_min_size: int) -> Any:
     """NamedShardings of a tree of parameters.
 
     Args:

@@ -51,16 +51,18 @@ def violations(report: PodReport, budget: PodReport | None) -> list[str]:
     found = []
     if not report.fits:
         found.append(f"it does not fit: {report.refusal or report.hbm}.")
+    if report.roofline is None:
+        return found  # There is no program.
     ratio = report.flops_per_device / report.accounted_flops_per_device
     if abs(ratio - 1) > TOLERANCE:
         found.append(f"it executes {ratio:.3f} of the FLOPs that the accounting has.")
     if budget is None:
         return found
-    ratio = report.hbm_bytes / budget.hbm_bytes
+    ratio = report.hbm.total / budget.hbm.total
     if abs(ratio - 1) > TOLERANCE:
         found.append(
-            f"it takes {report.hbm_bytes / GIB:.2f} GiB, {ratio:.3f} of the budget's "
-            f"{budget.hbm_bytes / GIB:.2f}."
+            f"it takes {report.hbm.total / GIB:.2f} GiB, {ratio:.3f} of the budget's "
+            f"{budget.hbm.total / GIB:.2f}."
         )
     ours, theirs = _lines(report.collectives), _lines(budget.collectives)
     found += [f"it has a collective that the budget lacks: {one}." for one in sorted(ours - theirs)]

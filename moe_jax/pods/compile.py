@@ -6,6 +6,7 @@ while its FLOPs are those of CPU code, without attention kernels.
 """
 
 import collections
+import dataclasses
 import importlib.metadata
 import logging
 import math
@@ -64,17 +65,17 @@ def compile_step(
     config.validate()
     devices, platform = _devices(topology)
     run = Run.on(config, mesh_of(config.mesh, devices))
+    accounted = training_flops(config.model, config.data, platform, run.mesh.shape)
     start = time.perf_counter()
     compiled, refusal = _compile(run, topology.chip.hbm)
     seconds = time.perf_counter() - start
     memory = _memory(run, topology, compiled, refusal)
-    accounted = training_flops(config.model, config.data, platform, run.mesh.shape)
-    report = _Reading(run, topology, compiled, accounted)
+    reading = _read(run, topology, compiled, accounted)
     return PodReport(
         config=name,
         changes=dict(changes or {}),
         note=note,
-        topology=topology.compiler_name,
+        topology=topology.code,
         hardware=topology.name,
         compiled_for=platform,
         compiler=compiler_version(platform),
@@ -90,13 +91,13 @@ def compile_step(
         hbm=memory,
         fits=not refusal and not memory.missing,
         refusal=refusal,
-        flops_per_device=report.flops,
+        flops_per_device=reading.flops,
         accounted_flops_per_device=accounted.executed / topology.devices,
         algorithmic_flops_per_device=accounted.algorithmic / topology.devices,
-        memory_bytes_per_device=report.memory_bytes,
-        collectives=report.collectives,
-        roofline=report.terms() if compiled else None,
-        exact=report.exact,
+        memory_bytes_per_device=reading.memory_bytes,
+        collectives=reading.collectives,
+        roofline=reading.terms,
+        exact=reading.exact,
         compile_seconds=seconds,
     )
 
@@ -111,15 +112,25 @@ def _devices(topology: Topology) -> tuple[Sequence[jax.Device], str]:
     """(devices to compile for, their platform)."""
     if topology.chip.platform == "tpu":
         return hardware.describe(topology), "tpu"
+    force_host_devices(topology.devices)  # Before the backend starts.
     if jax.default_backend() == "gpu" and jax.device_count() >= topology.devices:
         return jax.devices()[: topology.devices], "gpu"
-    force_host_devices(topology.devices)
-    _LOG.warning(
-        "There are not %s GPUs here, so XLA for CPU compiles the mesh: collectives and memory are near "
-        "those of GPUs, FLOPs and times are those of CPU code on this hardware.",
-        topology.devices,
+    devices = jax.devices("cpu")[: topology.devices]
+    if len(devices) < topology.devices:
+        raise UserError(
+            f"topology is {topology.name}, but there are {len(devices)} CPU devices to stand for its "
+            f"{topology.devices} GPUs; compile it in a process that has not used JAX yet."
+        )
+    _LOG.warning("%s", stand_in_sentence(topology.name))
+    return devices, "cpu"
+
+
+def stand_in_sentence(hardware: str) -> str:
+    """What to know of a report that was compiled for CPUs in place of GPUs."""
+    return (
+        f"XLA for CPU compiles the mesh in place of {hardware}, which is not here: collectives and "
+        "memory are near those of GPUs, FLOPs and times are not."
     )
-    return jax.devices("cpu")[: topology.devices], "cpu"
 
 
 def _compile(run: Run, capacity: int) -> tuple[Any, str]:
@@ -131,9 +142,13 @@ def _compile(run: Run, capacity: int) -> tuple[Any, str]:
         try:
             return lowered.compile(), ""
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return None, str(error).split("\n", 1)[0]
+            reason = str(error).split("\n", 1)[0]
+            if _REFUSAL.search(reason):
+                return None, reason
+            raise UserError(
+                f"the compiler cannot compile the step on mesh {run.config.mesh} ({reason.rstrip('.')}); "
+                "try another mesh or dispatch."
+            ) from error
 
 
 @contextmanager
@@ -198,52 +213,49 @@ def _dtypes(tree: Any) -> str:
     return ", ".join(sorted(names))
 
 
+@dataclasses.dataclass(frozen=True)
 class _Reading:
-    """What the text of a compiled step says; nothing where there is none.
+    """What the text of a compiled step says; nothing where there is none. See `PodReport`."""
 
-    Attributes:
-      flops: of matrix products and kernels, on one device, with experts in balance.
-      memory_bytes: over the border of HBM.
-      collectives: by kind and axes, the slowest first.
-      exact: whether all loops have a known length.
-    """
+    flops: float = 0.0
+    memory_bytes: float = 0.0
+    collectives: tuple[CollectiveSum, ...] = ()
+    terms: Terms | None = None
+    exact: bool = True
 
-    def __init__(
-        self, run: Run, topology: Topology, compiled: Any, accounted: TrainingFlops
-    ) -> None:
-        self._mesh, self._topology, self._accounted = run.mesh, topology, accounted
-        self._tokens = run.config.data.batch_size * run.config.data.tokens_per_row
-        self.flops = self.memory_bytes = 0.0
-        self.collectives: tuple[CollectiveSum, ...] = ()
-        self.exact = True
-        if not compiled:
-            return
-        program = Program(compiled.as_text() or "")
-        products = [(one.flops, one.trips) for one in program.matrix_products()]
-        kernels = [(one.flops, one.trips) for one in program.kernels()]
-        in_program = sum(flops * trips.count for flops, trips in products + kernels)
-        self.flops = in_program - accounted.skipped / topology.devices
-        traffic = program.memory_bytes()
-        self.memory_bytes = traffic.count
-        self._found = program.collectives()
-        self.collectives = _summed(self._found, run.mesh, topology)
-        self.exact = all(trips.exact for _, trips in products + kernels) and traffic.exact
 
-    def terms(self) -> Terms:
-        """The roofline."""
-        peak = self._topology.chip.matrix_flops * self._topology.devices
-        line = roofline(self.flops, self.memory_bytes, self._found, self._mesh, self._topology)
-        return Terms(
+def _read(run: Run, topology: Topology, compiled: Any, accounted: TrainingFlops) -> _Reading:
+    if compiled is None:
+        return _Reading()
+    program = Program(compiled.as_text() or "")
+    products = [(one.flops, one.trips) for one in program.matrix_products()]
+    kernels = [(one.flops, one.trips) for one in program.kernels()]
+    in_program = sum(flops * trips.count for flops, trips in products + kernels)
+    flops = in_program - accounted.skipped / topology.devices
+    traffic, found = program.memory_bytes(), program.collectives()
+    line = roofline(flops, traffic.count, found, run.mesh, topology)
+    peak = topology.chip.matrix_flops * topology.devices
+    tokens = run.config.data.batch_size * run.config.data.tokens_per_row
+    collectives = _summed(found, run.mesh, topology)
+    return _Reading(
+        flops,
+        traffic.count,
+        collectives,
+        Terms(
             compute=line.compute,
             memory=line.memory,
             interconnect=line.interconnect,
             network=line.network,
             binding=line.binding,
             step_seconds=line.seconds,
-            mfu=self._accounted.algorithmic / peak / line.seconds,
-            mfu_without_overlap=self._accounted.algorithmic / peak / line.sum,
-            tokens_per_second_per_chip=self._tokens / line.seconds / self._topology.chips,
-        )
+            mfu=accounted.algorithmic / peak / line.seconds,
+            mfu_without_overlap=accounted.algorithmic / peak / line.sum,
+            tokens_per_second_per_chip=tokens / line.seconds / topology.chips,
+        ),
+        exact=traffic.exact
+        and all(trips.exact for _, trips in products + kernels)
+        and all(one.exact for one in collectives),
+    )
 
 
 def _summed(found: Any, mesh: Mesh, topology: Topology) -> tuple[CollectiveSum, ...]:
@@ -275,5 +287,5 @@ def refusal_sentence(report: PodReport) -> str:
         f"{report.config} does not fit on {report.hardware}: a device needs {least}"
         f"{memory.total / GIB:.1f} GiB and has {memory.capacity / GIB:.1f}, "
         f"{memory.missing / GIB:.1f} too few, and most of it is {memory.largest}; use more devices, a "
-        "mesh that splits more, remat=full or more microbatches (--search tries them)."
+        "mesh that splits more, remat=full or more microbatches."
     )

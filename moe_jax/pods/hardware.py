@@ -283,20 +283,27 @@ class Topology:
         return self.chips * self.chip.devices
 
     @property
-    def compiler_name(self) -> str:
-        """Of one slice, as libtpu names it; of GPUs the same as `name`."""
-        if not self.chip.torus:
-            return self.name
+    def slice_name(self) -> str:
+        """Of one slice, as libtpu names it."""
         return f"{self.chip.compiler}:{_text(self.shape)}"
 
     @property
+    def code(self) -> str:
+        """By chips along each dimension, such as 2*v4:8x8x8; of GPUs the same as `name`."""
+        return f"{self._several}{self.slice_name}" if self.chip.torus else self.name
+
+    @property
     def name(self) -> str:
-        """For people; with the shape where the number alone would stand for another one."""
+        """By Google Cloud's number, such as tpu-v4-1024; `code` where it stands for another shape."""
         if not self.chip.torus:
             return f"{self.chip.name}-{self.chips}"
-        several = f"{self.slices}*" if self.slices > 1 else ""
-        shape = "" if self.shape in self.chip.shapes else f" ({_text(self.shape)})"
-        return f"{several}{self.chip.name}-{self.chip.number(self.shape)}{shape}"
+        if self.shape not in self.chip.shapes:
+            return self.code
+        return f"{self._several}{self.chip.name}-{self.chip.number(self.shape)}"
+
+    @property
+    def _several(self) -> str:
+        return f"{self.slices}*" if self.slices > 1 else ""
 
     @property
     def wraps(self) -> tuple[bool, ...]:
@@ -402,10 +409,10 @@ def describe(topology: Topology) -> list[jax.Device]:
     if topology.chip.cores > topology.chip.devices:
         options["chip_config_name"] = "megacore"
     try:
-        return topologies.get_topology_desc(topology.compiler_name, "tpu", **options).devices
+        return topologies.get_topology_desc(topology.slice_name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"topology is {topology.name}, which libtpu does not know as {topology.compiler_name} "
+            f"topology is {topology.name}, which libtpu does not know as {topology.slice_name} "
             f"({' '.join(str(error).split()).rstrip('.')}); give the name of a rented slice, such as "
             "tpu-v4-1024."
         ) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_jax.configuration import differences, encode
 from moe_jax.errors import UserError
-from moe_jax.parallel.mesh import MeshConfig, parse_mesh
+from moe_jax.parallel.mesh import AXES, MeshConfig, parse_mesh
 from moe_jax.pods.hardware import topology
 from moe_jax.training.experiment import Experiment
 
@@ -25,7 +25,7 @@ class PodLayout:
       topology: the machine, as `moe_jax.pods.hardware.topology` reads it.
       mesh: over all of its devices.
       changes: path of a config field -> its value here, such as `microbatches` or `model.remat`:
-        what saves memory and leaves the mathematics alone.
+        what saves memory; the note says where that changes what is computed.
       note: what the authors must have done otherwise, or where the machine is not theirs.
     """
 
@@ -38,10 +38,11 @@ class PodLayout:
         """The config with this mesh and these changes.
 
         Raises:
-          UserError: a change names no field, or gives one a value of another type.
+          UserError: a change names no field, or a choice that the field has not.
         """
         changed = copy.deepcopy(config)
-        changed.mesh = dataclasses.replace(self.mesh)
+        axes = {axis: getattr(self.mesh, axis) for axis in AXES}
+        changed.mesh = dataclasses.replace(changed.mesh, **axes)
         for path, value in self.changes.items():
             _set(changed, path, value)
         return changed
@@ -76,7 +77,7 @@ def laid_out(
             known = ", ".join(layout.topology for layout in layouts) or "none"
             raise UserError(
                 f"--topology is {name}, for which the config has no mesh (it has those of: {known}); "
-                "name one of them, or give a mesh, which compile_pod.py --search finds."
+                "name one of them, or give --mesh, which compile_pod.py --search finds."
             )
         return dataclasses.replace(config, mesh=parse_mesh(mesh, config.mesh)), ""
     laid = found[0].apply(config)
@@ -99,4 +100,9 @@ def _set(config: Any, path: str, value: Any) -> None:
     if not hasattr(node, name):
         raise UserError(f"a layout changes {path}, which is no field of the config.")
     old = getattr(node, name)
-    setattr(node, name, type(old)(value) if isinstance(old, enum.Enum) else value)
+    try:
+        setattr(node, name, type(old)(value) if isinstance(old, enum.Enum) else value)
+    except ValueError as error:
+        raise UserError(
+            f"a layout sets {path} to {value!r}; it must be one of {', '.join(str(choice) for choice in type(old))}."
+        ) from error

@@ -1,7 +1,10 @@
 """What the compiler and the data sheets say of one training step on a machine, ready for JSON."""
 
 import dataclasses
+import json
 from typing import Any
+
+from etils import epath
 
 GIB = 2**30
 
@@ -78,7 +81,7 @@ class Terms:
       compute, memory, interconnect, network: FLOPs at the matrix peak, bytes at the memory's
         bandwidth, collectives over the links within a slice, and between slices or hosts.
       binding: the longest of them.
-      step_seconds: its length: everything overlaps. No step is faster.
+      step_seconds: its length, an estimate of a step in which all four overlap.
       mfu: algorithmic FLOPs a second over the matrix peak, at `step_seconds`.
       mfu_without_overlap: the same where the four terms follow each other.
       tokens_per_second_per_chip: at `step_seconds`; images for models of images.
@@ -103,7 +106,7 @@ class PodReport:
       config: its file.
       changes: config fields that the layout sets.
       note: of the layout.
-      topology, hardware: the machine as the compiler and as people name it.
+      topology, hardware: the machine by its shape (v4:8x8x16) and by its number (tpu-v4-2048).
       compiled_for: `tpu`, `gpu`, or `cpu` where the hardware's own compiler was not at hand.
       compiler: its version.
       chips, devices: of the machine; a device is what JAX sees.
@@ -112,15 +115,16 @@ class PodReport:
       parameter_dtype, optimizer: as they are kept; the optimizer's name and the dtypes of its state.
       rows_per_step, tokens_per_step, unit: of a global batch; `unit` is token or image.
       hbm: see `Memory`.
-      fits: whether the compiler accepts it.
+      fits: the compiler accepts it, and the parts of its memory add up to no more than the capacity.
       refusal: what the compiler said if not.
       flops_per_device: that the program executes, kernels for dropless experts as in balance.
       accounted_flops_per_device: the same by `moe_jax.analysis.accounting`.
-      algorithmic_flops_per_device: three forward passes, without recomputation, padding and drops.
+      algorithmic_flops_per_device: three forward passes in which each token visits its experts once:
+        without recomputation, empty slots and masked scores.
       memory_bytes_per_device: over the border of HBM.
       collectives: of the program.
       roofline: None where the compiler refused.
-      exact: whether every count is, all loops having a known length.
+      exact: whether every count is: no loop of unknown length, no branch.
       compile_seconds: time of compilation on this host.
     """
 
@@ -152,11 +156,6 @@ class PodReport:
     exact: bool
     compile_seconds: float
 
-    @property
-    def hbm_bytes(self) -> int:
-        """Of a device, all terms together."""
-        return self.hbm.total
-
     def as_json(self) -> dict[str, Any]:
         """Dicts, lists and scalars."""
         return {
@@ -177,3 +176,10 @@ class PodReport:
         values["hbm"] = Memory(**values["hbm"])
         values["roofline"] = values["roofline"] and Terms(**values["roofline"])
         return cls(**values)
+
+    def write(self, path: epath.Path) -> None:
+        """Writes it as JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(self.as_json(), indent=1) + "\n")
+        temporary.replace(path)

@@ -1,7 +1,8 @@
 """Looks for the mesh, the remat policy and the number of microbatches that train fastest and fit.
 
-Every mesh that the config allows is tried at the policy that recomputes least and fits. All are real
-compilations, so the first ones should be the likely ones, and results are kept on disk.
+Every result is a real compilation, so results are kept on disk, and a search goes on where it was
+stopped. Each mesh is tried at the policy that fitted the mesh before it, and then at faster ones for as
+long as they fit, or at ones that need less memory until one fits.
 """
 
 import dataclasses
@@ -9,73 +10,77 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from moe_jax.configuration import encode
 from moe_jax.errors import UserError
+from moe_jax.models.definition import ModelDefinition
 from moe_jax.models.stack import Remat, StackConfig
-from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.parallel.mesh import AXES, MeshConfig
+from moe_jax.parallel.sharding import parameter_shardings
 from moe_jax.pods.compile import compile_step, compiler_version
 from moe_jax.pods.hardware import Topology
 from moe_jax.pods.layouts import PodLayout
 from moe_jax.pods.report import PodReport
 from moe_jax.training.experiment import Experiment
 
-# From the fastest to the one that needs least memory: what is recomputed, and microbatches.
-LADDER: tuple[tuple[Remat, int], ...] = (
-    (Remat.NONE, 1),
-    (Remat.DOTS, 1),
-    (Remat.FULL, 1),
-    (Remat.FULL, 2),
-    (Remat.FULL, 4),
-    (Remat.FULL, 8),
-    (Remat.FULL, 16),
-)
+_PACKAGE = pathlib.Path(__file__).parents[1]
 
 
-def meshes(config: Experiment, devices: int) -> list[MeshConfig]:
-    """Every mesh of so many devices that the config allows, likely ones first.
+def meshes(config: Experiment, topology: Topology) -> list[MeshConfig]:
+    """Every mesh of the machine that the config allows; its own first, then the likely ones.
 
-    Those come first that split least over `model`, whose collectives are on the way of every layer,
+    Those are likely that split least over `model`, whose collectives are on the way of every layer,
     and then most over `expert`, which needs no gathering of weights.
     """
+    devices, slices = topology.devices, topology.slices if topology.chip.torus else 1
+    definition = ModelDefinition.of(config.model)
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     found = []
     for expert, model in itertools.product(divisors, divisors):
-        if devices % (expert * model):
+        data, rest = divmod(devices, expert * model)
+        if rest or not data or data % slices:
             continue
-        mesh = dataclasses.replace(
-            config.mesh, data=devices // (expert * model), expert=expert, model=model
-        )
+        mesh = dataclasses.replace(config.mesh, data=data, expert=expert, model=model)
+        abstract = jax.sharding.AbstractMesh((data, expert, model), AXES)
         try:
             dataclasses.replace(config, mesh=mesh, microbatches=1).validate()
+            parameter_shardings(definition.shapes, definition.axes, abstract, mesh.fsdp_min_size)
         except UserError:
             continue
         found.append(mesh)
-    return sorted(found, key=lambda mesh: (mesh.model, -mesh.expert))
+    return sorted(found, key=lambda mesh: (mesh != config.mesh, mesh.model, -mesh.expert))
 
 
-def layouts(config: Experiment, topology: Topology) -> Iterator[list[PodLayout]]:
-    """For each mesh its layouts, from the fastest to the one that needs least memory."""
-    stacks = [name for name in _stacks(config.model)]
-    for mesh in meshes(config, topology.devices):
-        ladder = []
-        for remat, microbatches in (
-            LADDER if stacks else ((Remat.NONE, n) for n in (1, 2, 4, 8, 16))
-        ):
-            changes: dict[str, Any] = {f"{name}.remat": remat.value for name in stacks}
-            layout = PodLayout(
-                topology.compiler_name, mesh, {**changes, "microbatches": microbatches}
-            )
-            try:
-                layout.apply(config).validate()
-            except UserError:
-                continue
-            ladder.append(layout)
-        yield ladder
+def ladder(config: Experiment, mesh: MeshConfig) -> list[PodLayout]:
+    """Layouts with this mesh, from the fastest to the one that needs least memory.
+
+    First less and less is kept for the backward pass, then the batch is computed in more and more
+    parts: every divisor of a device's rows that is at least 1.5 times the one before.
+    """
+    stacks = list(_stacks(config.model))
+    rows = config.data.batch_size // mesh.token_shards
+    parts = [1]
+    for n in range(2, rows + 1):
+        if rows % n == 0 and n >= 1.5 * parts[-1]:
+            parts.append(n)
+    steps = [(remat, 1) for remat in (Remat.NONE, Remat.DOTS)] if stacks else []
+    steps += [(Remat.FULL, n) for n in parts]
+    layouts = []
+    for remat, microbatches in steps:
+        changes: dict[str, Any] = {f"{name}.remat": remat.value for name in stacks}
+        layout = PodLayout("", mesh, {**changes, "microbatches": microbatches})
+        try:
+            layout.apply(config).validate()
+        except UserError:
+            continue
+        layouts.append(layout)
+    return layouts
 
 
 def search(
@@ -84,17 +89,19 @@ def search(
     name: str,
     cache: epath.Path,
     limit: int,
-    tried: Callable[[PodReport], None],
+    tried: Callable[[PodReport, bool], None],
+    only: MeshConfig | None = None,
 ) -> list[PodReport]:
     """Compiles layouts, at most `limit` of them, and ranks them.
 
     Args:
-      config: of any mesh.
+      config: laid out for the machine if its file says how; that mesh is tried first.
       topology: the machine.
       name: what the reports call the config.
       cache: folder of results, which are not computed again.
       limit: of compilations; results in the cache do not count.
-      tried: told of each result.
+      tried: told of each result, and whether it was compiled just now.
+      only: the mesh, if no other is to be tried.
 
     Returns:
       Reports, those that fit first, and the fastest first.
@@ -102,49 +109,67 @@ def search(
     Raises:
       UserError: no mesh of the machine's devices is possible.
     """
-    ladders = list(layouts(config, topology))
-    if not ladders:
+    candidates = [only] if only else meshes(config, topology)
+    if not candidates:
         raise UserError(
             f"no mesh of the {topology.devices} devices of {topology.name} divides the batch, experts "
             "and heads of the config; choose another machine or data.batch_size."
         )
-    reports = []
-    for ladder in ladders:
-        for layout in ladder:
-            laid = layout.apply(config)
-            path = cache / f"{result_key(laid, topology)}.json"
-            if path.exists():
-                report = PodReport.read(json.loads(path.read_text()))
-            elif limit == 0:
-                break
-            else:
-                limit -= 1
-                report = compile_step(laid, topology, name=name, changes=dict(layout.changes))
-                write(report, path)
-            reports.append(report)
-            tried(report)
-            if report.fits:
-                break  # What recomputes more is slower.
-    return sorted(reports, key=lambda one: (not one.fits, _seconds(one), one.hbm_bytes))
+    reports: list[PodReport] = []
+
+    def report_of(layout: PodLayout) -> PodReport | None:
+        nonlocal limit
+        laid = layout.apply(config)
+        path = cache / f"{result_key(laid, topology)}.json"
+        compiled = not path.exists()
+        if compiled:
+            if limit == 0:
+                return None
+            limit -= 1
+            compile_step(laid, topology).write(path)
+            jax.clear_caches()  # Traced steps of giants would pile up.
+        report = PodReport.read(json.loads(path.read_text()))
+        report = dataclasses.replace(report, config=name, changes=dict(layout.changes))
+        reports.append(report)
+        tried(report, compiled)
+        return report
+
+    start = 0
+    for mesh in candidates:
+        layouts = ladder(config, mesh)
+        if layouts:
+            start = _climb(layouts, min(start, len(layouts) - 1), report_of)
+    return sorted(reports, key=lambda one: (not one.fits, _seconds(one), one.hbm.total))
+
+
+def _climb(
+    layouts: Sequence[PodLayout], start: int, report_of: Callable[[PodLayout], PodReport | None]
+) -> int:
+    """Tries layouts from `start` on until it is known which is the first that fits; its index."""
+    report = report_of(layouts[start])
+    if report is not None and report.fits:
+        while start > 0 and (report := report_of(layouts[start - 1])) and report.fits:
+            start -= 1
+        return start
+    while report is not None and not report.fits and start < len(layouts) - 1:
+        start += 1
+        report = report_of(layouts[start])
+    return start
 
 
 def result_key(config: Experiment, topology: Topology) -> str:
-    """Of all that a result depends on: config, machine, compiler and JAX."""
+    """Of all that a result depends on: config, machine, this package, compiler and JAX."""
+    sources = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        sources.update(path.read_bytes())
     parts = (
         encode(config),
-        topology.name,
+        topology.code,
+        sources.hexdigest(),
         compiler_version(topology.chip.platform),
         importlib.metadata.version("jax"),
     )
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def write(report: PodReport, path: epath.Path) -> None:
-    """Writes a report as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-    temporary.replace(path)
 
 
 def _seconds(report: PodReport) -> float:

@@ -6,11 +6,13 @@
 TPUs read LIBTPU_INIT_ARGS and refuse a flag they do not know; GPUs read XLA_FLAGS. A machine is named
 as in `moe_jax.pods.hardware`.
 
-Only flags that change something are here. libtpu 0.0.42 compiles the same program with and without
-xla_enable_async_all_gather, xla_tpu_enable_async_collective_fusion (with its _fuse_all_gather and
-_multiple_steps), xla_tpu_overlap_compute_collective_tc and xla_tpu_megacore_fusion_allow_ags, which
-older recipes for TPU v5p set: its scheduler hides latency without being asked. They are a start; what
-is best depends on the model, and only a profile on the machine tells.
+Of one small MoE, libtpu 0.0.42 compiles the same program for TPU v5p with and without
+xla_enable_async_all_gather=true, xla_tpu_enable_async_collective_fusion=true (with its _fuse_all_gather
+and _multiple_steps), xla_tpu_overlap_compute_collective_tc=true and
+xla_tpu_megacore_fusion_allow_ags=true, which are therefore not here. Recipes for TPU v5p set most of
+these, but MaxText's the last one to false, which was not tried; and beside the SparseCores
+_fuse_all_gather is set to false below. The flags are a start; what is best depends on the model, and
+only a profile on the machine tells.
 """
 
 import dataclasses
@@ -86,7 +88,7 @@ _SPARSE_CORES = (
     ),
     _true(
         "xla_sc_disable_megacore_partitioning",
-        "one SparseCore program for each TensorCore",
+        "MaxText sets it with the two above",
         _MAXTEXT,
     ),
 )

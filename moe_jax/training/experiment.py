@@ -211,6 +211,8 @@ COMPONENTS: tuple[type, ...] = (
 
 # What may differ between a run and its continuation.
 _MAY_CHANGE = ("config.mesh", "config.logging", "config.checkpoint", "config.steps")
+# So may what saves memory, of which another machine has more or less.
+_SAVES_MEMORY = (".microbatches", ".remat", ".remat_moe", ".buffer_factor")
 
 CONFIG_FILE = "config.json"
 
@@ -248,14 +250,14 @@ def check_continues(workdir: epath.PathLike, config: Experiment) -> None:
     """Checks that `config` may continue the run in `workdir`.
 
     Raises:
-      UserError: another field than the mesh, logging, checkpointing or steps differs; all that
-        differ are named.
+      UserError: another field than the mesh, logging, checkpointing, steps or what saves memory
+        (`microbatches`, `remat`, `buffer_factor`) differs; all that differ are named.
     """
     old, new = read_record(workdir)["config"], configuration.encode(config)
     changed = [
         f"{path} (the run has {before!r}, you ask for {after!r})"
         for path, before, after in configuration.differences(old, new)
-        if not path.startswith(_MAY_CHANGE)
+        if not path.startswith(_MAY_CHANGE) and not path.endswith(_SAVES_MEMORY)
     ]
     if changed:
         raise UserError(

@@ -69,7 +69,7 @@ _PYTHON = """#!/usr/bin/env bash
 # Stands for Python: prints flags, or trains until SIGTERM or until it ends with $STATUS.
 if [ "$1" = -m ]; then echo "--flag_of=$3"; exit; fi
 echo "$LIBTPU_INIT_ARGS$XLA_FLAGS|$*"
-trap 'sleep 0.2; echo saved; exit 0' TERM
+trap 'trap "" TERM; echo saving; sleep 0.5; echo saved; exit 0' TERM
 [ -n "$STATUS" ] && exit "$STATUS"
 echo ready
 while true; do sleep 0.05; done
@@ -110,9 +110,10 @@ SLURM = ["launch/slurm.sbatch", "--steps=3"]
 
 
 def test_a_host_trains_with_the_flags_of_its_machine(start):
-    out, _ = start(ON_HOST, status=0).communicate(timeout=60)
+    out, _ = start(ON_HOST, status=0, LIBTPU_INIT_ARGS="--mine=1").communicate(timeout=60)
+    # One's own come last, so that they win.
     assert out == (
-        "--flag_of=tpu-v5p-8|experiments/train.py --distributed --config=c.py --workdir=w --steps=3\n"
+        "--flag_of=tpu-v5p-8 --mine=1|experiments/train.py --distributed --config=c.py --workdir=w --steps=3\n"
     )
 
 
@@ -120,7 +121,7 @@ def test_a_slurm_job_trains_with_the_flags_of_its_machine(start, tmp_path):
     process = start(SLURM, status=0, XLA_FLAGS="--mine=1")
     out, _ = process.communicate(timeout=60)
     assert out == (
-        "--mine=1 --flag_of=gpu-h100-8|experiments/train.py --distributed --config=c.py "
+        "--flag_of=gpu-h100-8 --mine=1|experiments/train.py --distributed --config=c.py "
         "--workdir=/shared/run --steps=3\n"
     )
     assert process.returncode == 0 and not (tmp_path / "requeued").exists()
@@ -132,9 +133,21 @@ def test_a_signal_is_passed_on_and_the_checkpoint_is_waited_for(start, tmp_path,
     while "ready" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGTERM)  # Slurm and Kubernetes may send it again.
     out, _ = process.communicate(timeout=60)
     assert out == "saved\n" and process.returncode == status
     assert (tmp_path / "requeued").exists() == (command == SLURM)
+
+
+def test_a_slurm_job_that_was_stopped_too_often_does_not_look_done(start, tmp_path):
+    process = start(SLURM, SLURM_RESTART_COUNT="50")
+    while "ready" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert not (tmp_path / "requeued").exists()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +167,47 @@ def test_a_host_ends_with_the_status_of_the_trainer(start, status):
     process = start(ON_HOST, status=status)
     process.communicate(timeout=60)
     assert process.returncode == status
+
+
+_GCLOUD = """#!/usr/bin/env bash
+# Stands for gcloud with a slice that is there, and for a `sleep` that does not: each `ssh` ends with the
+# next of the statuses in the file `statuses`.
+case "$0" in */sleep) exit ;; esac
+case "$*" in
+  *describe*) echo ACTIVE ;;
+  *) here="$(dirname "$0")"
+    echo "${@: -1}" >> "$here/commands"
+    status="$(head -n 1 "$here/statuses")"
+    sed -i 1d "$here/statuses"
+    exit "$status" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status", "trained"),
+    [([1, 0, 134, 0, 0], 0, 2), ([0, 2], 2, 1)],
+    ids=["refused and died, then done", "user error"],
+)
+def test_a_tpu_slice_is_asked_again_where_that_may_help(start, tmp_path, statuses, status, trained):
+    for name in ("gcloud", "sleep"):
+        (tmp_path / name).write_text(_GCLOUD)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "statuses").write_text("".join(f"{number}\n" for number in statuses))
+    process = start(
+        ["launch/tpu_pod.sh"],
+        REPOSITORY="https://example.org/a.git",
+        COMMIT="c",
+        MACHINE="tpu-v5e-8",
+    )
+    process.communicate(timeout=60)
+    assert process.returncode == status
+    assert (tmp_path / "statuses").read_text() == ""
+    commands = (tmp_path / "commands").read_text()
+    assert commands.count("moe_jax/launch/on_host.sh tpu-v5e-8 --config=c.py") == trained
+    # PYTHON is that of the environment that the installation makes.
+    assert commands.count("PYTHON=.venv-python3.11/bin/python moe_jax/launch") == trained
+    assert "make install EXTRA=tpu PYTHON=python3.11" in commands
 
 
 def free_job_number() -> int:

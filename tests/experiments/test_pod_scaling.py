@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 from experiments import pod_scaling
 from experiments.pod_scaling import SIZES, STUDIES, Study
 from moe_jax.analysis import pod_figures
+from moe_jax.configuration import encode
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.pods.compile import compiler_version
 from moe_jax.pods.hardware import topology
-from moe_jax.pods.layouts import PodLayout
-from moe_jax.pods.report import GIB, CollectiveSum
+from moe_jax.pods.layouts import PodLayout, pods_of
+from moe_jax.pods.report import GIB, CollectiveSum, Memory
 from tests.pods.reports import MEMORY, TERMS, report
 from tests.scripts import ROOT, script
 
@@ -55,11 +57,12 @@ def test_gshard_has_an_expert_and_2048_tokens_for_each_device(devices, machine, 
     ("devices", "machine", "data", "expert", "model", "microbatches"),
     [
         (8, "v5p:2x2x2", 1, 8, 1, 1920),
-        (256, "v5p:4x8x8", 1, 256, 1, 60),
-        (1024, "v5p:8x8x16", 4, 256, 1, 15),
+        (64, "v5p:4x4x4", 1, 64, 1, 240),
+        (128, "v5p:4x4x8", 2, 64, 1, 120),
+        (1024, "v5p:8x8x16", 16, 64, 1, 15),
         # 15,360 rows are 15 for each of 1,024 devices and 7.5 for each of 2,048.
-        (2048, "v5p:8x16x16", 4, 256, 2, 15),
-        (4096, "v5p:16x16x16", 4, 256, 4, 15),
+        (2048, "v5p:8x16x16", 16, 64, 2, 15),
+        (4096, "v5p:16x16x16", 16, 64, 4, 15),
     ],
 )
 def test_deepseek_keeps_its_batch(devices, machine, data, expert, model, microbatches):
@@ -68,6 +71,16 @@ def test_deepseek_keeps_its_batch(devices, machine, data, expert, model, microba
     assert dataclasses.astuple(layout.mesh)[:3] == (data, expert, model)
     assert layout.changes["microbatches"] == microbatches
     assert microbatches * data * expert == 15_360
+
+
+@pytest.mark.parametrize(("name", "devices"), [("gshard", 2048), ("deepseek_v3", 1024)])
+def test_the_published_machine_has_the_layout_of_the_config_file(name, devices):
+    """So that its report serves both."""
+    study = STUDIES[name]
+    (ours, (theirs,)) = study.layout(devices), pods_of(str(ROOT / study.config))
+    assert topology(ours.topology) == topology(theirs.topology)
+    config = runpy.run_path(str(ROOT / study.config))["get_config"]()
+    assert encode(ours.apply(config)) == encode(theirs.apply(config))
 
 
 def test_other_sizes_are_an_error():
@@ -79,8 +92,9 @@ def test_other_sizes_are_an_error():
 
 
 TINY = Study(
-    "tiny", "A tiny model", "configs/quickstart.py", lambda n: PodLayout("v5e:2x2", MeshConfig(n))
-)
+    "tiny", "A tiny model", "configs/quickstart.py", lambda n: PodLayout("v5e:2x2", MeshConfig(n)),
+    sizes=(8, 16),
+)  # fmt: skip
 
 
 def test_a_finished_point_is_not_compiled_again(tmp_path, monkeypatch):
@@ -99,13 +113,32 @@ def test_a_finished_point_is_not_compiled_again(tmp_path, monkeypatch):
     assert found[0].config == "configs/quickstart.py"
 
 
+def test_the_report_of_a_giant_is_taken_for_the_same_step_alone(tmp_path, monkeypatch):
+    kept = report(
+        config=TINY.config, topology="v5e:2x2", hardware="tpu-v5e-4", changes={},
+        mesh={"data": 4, "expert": 1, "model": 1},
+    )  # fmt: skip
+    monkeypatch.setattr(pod_scaling.budgets, "RESULTS", tmp_path)
+    kept.write(epath.Path(pod_scaling.budgets.budget_file(TINY.config, compiler_version("tpu"))))
+    machine = "v5e:2x2"
+    assert pod_scaling.of_giant(TINY, PodLayout(machine, MeshConfig(4))) == kept
+    assert pod_scaling.of_giant(TINY, PodLayout("v5e:2x4", MeshConfig(4))) is None
+    assert pod_scaling.of_giant(TINY, PodLayout(machine, MeshConfig(2, 2))) is None
+    changed = PodLayout(machine, MeshConfig(4), {"microbatches": 2})
+    assert pod_scaling.of_giant(TINY, changed) is None
+    assert pod_scaling.of_giant(STUDIES["gshard"], PodLayout(machine, MeshConfig(4))) is None
+
+
 def exchange(seconds, size=GIB):
     return CollectiveSum("all-to-all", ("expert",), 4, size, seconds, exact=True)
 
 
 def curve():
     """8 devices are too few, 16 are bound by compute, 32 by the interconnect."""
-    state = dataclasses.replace(MEMORY, parameters=300, optimizer_state=200, arguments=500)
+    state = Memory(
+        arguments=500 * GIB, parameters=300 * GIB, optimizer_state=200 * GIB, outputs=505 * GIB,
+        aliased=500 * GIB, temporaries=200 * GIB, program=110 * GIB, capacity=400 * GIB,
+    )  # fmt: skip
     return [
         report(
             devices=8, fits=False, refusal="too large", hbm=state, collectives=(), roofline=None
@@ -123,10 +156,12 @@ def curve():
 
 
 def test_sentences_say_where_the_curve_bends_and_why():
-    too_few, changed, fell = pod_scaling.bends(curve())
-    # 500 of arguments and 5 outputs of their own, 200 temporaries, 10 of program.
-    assert too_few.startswith("8 devices are too few: one would need 0.0 GiB of the 0.0 it has")
-    assert "its state alone takes" in too_few
+    refused, changed, fell = pod_scaling.bends(curve())
+    # 500 of arguments and 5 outputs of their own, 200 temporaries, 110 of program.
+    assert refused == (
+        "On 8 devices it does not fit: it needs 815.0 GiB of the 400.0 that a device has, and 500.0 of "
+        "it is the state."
+    )
     assert "From 16 to 32 devices the bound changes from compute to interconnect" in changed
     assert "MFU goes from 60.0% to 30.0%" in changed
     assert "all-to-all over expert takes most of all collectives, 3.0 GiB and 0.8 s" in changed
@@ -135,8 +170,16 @@ def test_sentences_say_where_the_curve_bends_and_why():
 
 def test_a_step_whose_state_fits_is_refused_for_another_reason():
     (sentence,) = pod_scaling.bends([report(fits=False, refusal="no", roofline=None)])
-    assert "state alone" not in sentence
-    assert "temporaries (activations, gradients and buffers) take most" in sentence
+    assert sentence.endswith("most of it is temporaries (activations, gradients and buffers).")
+
+
+def test_a_step_that_was_never_compiled_needs_at_least_its_state():
+    memory = dataclasses.replace(MEMORY, arguments=500 * GIB, temporaries=None, capacity=400 * GIB)
+    (sentence,) = pod_scaling.bends([report(fits=False, roofline=None, hbm=memory)])
+    assert sentence == (
+        "On 8 devices it does not fit: it needs at least 500.0 GiB of the 400.0 that a device has, "
+        "before gradients and activations."
+    )
 
 
 def test_a_level_curve_has_no_bend():
@@ -146,7 +189,7 @@ def test_a_level_curve_has_no_bend():
 def test_the_table_marks_what_does_not_fit():
     header, rule, refused, *fitting = pod_scaling.table(curve())
     assert len({line.count("|") for line in (header, rule, refused, *fitting)}) == 1
-    assert "does not fit in 0.0 GiB" in refused
+    assert "does not fit in 400.0 GiB" in refused
     assert "| 3.0 | 0.8 | interconnect | 30.0% | 17.5% | 1,000 |" in fitting[1]
     assert fitting[0].startswith("| 16 | tpu-v5p-16 | data 2 x expert 4 | 2 |")
 

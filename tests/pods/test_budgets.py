@@ -14,7 +14,10 @@ def test_a_step_within_its_budget_violates_nothing():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fits": False, "refusal": "no room"}, "does not fit: no room"),
+        (
+            {"fits": False, "refusal": "no room", "roofline": None, "collectives": ()},
+            "does not fit: no room",
+        ),
         ({"flops_per_device": 0.96e12}, "0.941 of the FLOPs"),
         ({"flops_per_device": 1.08e12}, "1.059 of the FLOPs"),
     ],

@@ -75,9 +75,9 @@ def test_two_slices_talk_over_the_network():
 
 
 def test_a_step_that_does_not_fit_says_by_how_much_and_why():
-    # 8 layers x 64 experts x 2 matrices of 4096 x 16384, and two moments: 824 GB over 4 chips.
+    # 2 layers x 64 experts x 2 matrices of 4096 x 16384, and two moments: 192 GiB over 4 chips.
     report = compiled("v5e:2x2", MeshConfig(expert=4), num_experts=64, mlp_width=16384, width=4096)
     assert not report.fits and report.roofline is None
     sentence = refusal_sentence(report)
-    assert "mine does not fit on tpu-v5e-4: a device needs at least" in sentence
+    assert "mine does not fit on tpu-v5e-4: a device needs at least 48." in sentence
     assert "GiB and has 15.8" in sentence and "most of it is optimizer state" in sentence

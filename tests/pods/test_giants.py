@@ -11,19 +11,19 @@ from moe_jax.pods import budgets
 from moe_jax.pods.compile import compiler_version
 from moe_jax.pods.report import PodReport
 
-pytestmark = pytest.mark.pods
+pytestmark = [pytest.mark.pods, pytest.mark.timeout(1800)]
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Those that compile fastest; all ten take half an hour.
-GIANTS = (
+# Those that compile fastest, in 3 to 5 minutes of a core; the others take up to 15.
+FAST = (
     "configs/glam/64b_64e.py",
+    "configs/mixtral/8x22b.py",
     "configs/soft_moe/soft_h14_256e.py",
     "configs/vmoe/vmoe_15b.py",
-    "configs/switch/c.py",
 )
 
 
-@pytest.mark.parametrize("config", GIANTS)
+@pytest.mark.parametrize("config", FAST)
 def test_a_giant_fits_and_costs_what_it_did(config):
     command = [sys.executable, "experiments/compile_pod.py", f"--config={config}", "--format=json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

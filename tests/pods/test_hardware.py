@@ -23,7 +23,7 @@ RENTED = [Topology(chip, shape) for chip in TPUS for shape in chip.shapes]
 
 
 @pytest.mark.parametrize(
-    ("text", "compiler_name", "chips", "devices"),
+    ("text", "slice_name", "chips", "devices"),
     [
         # 1,024 cores are 512 chips of two cores, which work as one device.
         ("tpu-v4-1024", "v4:8x8x8", 512, 512),
@@ -40,15 +40,15 @@ RENTED = [Topology(chip, shape) for chip in TPUS for shape in chip.shapes]
         ("3*tpu7x:2x2x1", "tpu7x:2x2x1", 12, 24),
     ],
 )
-def test_a_name_stands_for_so_many_chips(text, compiler_name, chips, devices):
+def test_a_name_stands_for_so_many_chips(text, slice_name, chips, devices):
     read = topology(text)
-    assert (read.compiler_name, read.chips, read.devices) == (compiler_name, chips, devices)
+    assert (read.slice_name, read.chips, read.devices) == (slice_name, chips, devices)
 
 
 @pytest.mark.parametrize("machine", RENTED, ids=lambda machine: machine.name)
 def test_a_slice_is_read_back_from_both_of_its_names(machine):
     assert topology(machine.name) == machine
-    assert topology(machine.compiler_name) == machine
+    assert topology(machine.slice_name) == machine
 
 
 @given(
@@ -61,13 +61,14 @@ def test_other_shapes_are_read_and_named_with_their_shape(chip, shape, slices):
     read = topology(f"{slices}*{chip.compiler}:{name}")
     assert read == Topology(chip, shape, slices)
     assert read.chips == slices * math.prod(shape)
-    assert read.name.endswith(f"({name})") == (shape not in chip.shapes)
+    assert (read.name == read.code) == (shape not in chip.shapes)
+    assert topology(read.name) == topology(read.code) == read
 
 
 def test_hosts_of_gpus_stand_where_slices_do():
     machine = topology("gpu-h100-64")
     assert (machine.shape, machine.slices, machine.devices) == ((8,), 8, 64)
-    assert machine.name == machine.compiler_name == "gpu-h100-64"
+    assert machine.name == machine.code == "gpu-h100-64"
     assert topology("gpu-a100-4") == Topology(chip_named("gpu-a100"), (4,), 1)
     assert machine.wraps == (False,)
 

@@ -171,7 +171,7 @@ class NoText(DataConfig):
     """Data of another kind."""
 
     tokens_per_row = 1
-    row_shapes = {}
+    row_shapes = None
 
     def open(self, seed):
         raise NotImplementedError
