@@ -156,7 +156,9 @@ def test_a_run_goes_on_with_what_saves_memory_on_another_machine(tmp_path):
     config.model.moe.dispatch.buffer_factor = 1.25
     experiment.check_continues(tmp_path, config)
     config.model.moe.dispatch.wire = Wire.BFLOAT16
-    with pytest.raises(UserError, match=r"another run: config\.model\.moe\.dispatch\.wire .the run"):
+    with pytest.raises(
+        UserError, match=r"another run: config\.model\.moe\.dispatch\.wire .the run"
+    ):
         experiment.check_continues(tmp_path, config)
 
 

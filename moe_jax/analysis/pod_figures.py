@@ -45,7 +45,12 @@ def save_scaling(reports: Reports, title: str, path: epath.PathLike) -> None:
     _draw_efficiency(panels[3], fitting)
     for panel in panels:
         _mark_devices(panel, [report["devices"] for report in reports])
-    figure.savefig(str(path), dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: epath.PathLike) -> None:
+    with epath.Path(path).open("wb") as file:
+        figure.savefig(file, dpi=120)
 
 
 def _mark_devices(axes: Axes, devices: Sequence[int]) -> None:
@@ -64,7 +69,7 @@ def _draw_memory(axes: Axes, reports: Reports) -> None:
     devices = np.array([report["devices"] for report in reports])
     fits = np.array([report["fits"] for report in reports], bool)
     lines = {
-        "all": ("#000000", [report["hbm_bytes"] for report in reports]),
+        "all that the step needs": ("#000000", [report["hbm_bytes"] for report in reports]),
         **{
             name: (_MEMORY[name], [report["hbm"][name] for report in reports])
             for name in ("parameters", "optimizer_state")
@@ -163,7 +168,7 @@ def save_budgets(reports: Reports, title: str, path: epath.PathLike) -> None:
     for panel in (left, right):
         panel.grid(axis="x", alpha=0.3, linewidth=0.5)
         panel.legend(fontsize=8)
-    figure.savefig(str(path), dpi=120)
+    _save(figure, path)
 
 
 def _model(config: str) -> str:

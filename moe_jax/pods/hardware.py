@@ -412,7 +412,7 @@ def describe(topology: Topology) -> list[jax.Device]:
         return topologies.get_topology_desc(topology.slice_name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"topology is {topology.name}, which libtpu does not know as {topology.slice_name} "
+            f"topology is {topology.name}, which libtpu does not know "
             f"({' '.join(str(error).split()).rstrip('.')}); give the name of a rented slice, such as "
             "tpu-v4-1024."
         ) from error

@@ -354,11 +354,16 @@ class _Loop:
         writer = metrics.MetricsWriter(self.workdir, start) if _first_process() else None
         clock = _Clock(config.data.batch_size * config.data.tokens_per_row)
         tracer = StepTracer(profiled, self.workdir)
+        if profiled and not set(profiled) & set(range(start + 1, config.steps + 1)):
+            _LOG.info(
+                "No step is profiled: --profile_steps names the steps %s to %s, and this run does %s to %s.",
+                *(profiled[0], profiled[-1], start + 1, config.steps),
+            )
         previous: dict[str, Any] | None = None
         try:
             with _progress(start, config.steps) as bar, _stop_signal() as received:
                 for step in range(start + 1, config.steps + 1):
-                    tracer.before(step)
+                    tracer.before(step, state)
                     batch = self._batch(step)
                     clock.before_call()
                     signals = self.signals(received[0] if received else 0)

@@ -11,12 +11,24 @@ from typing import Protocol
 from etils import epath
 from tensorboardX.record_writer import register_writer_factory
 
+from moe_jax.errors import UserError
+
 _OBJECT_STORES = ("gs", "s3")
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether only epath can read it, and not the operating system."""
-    return "://" in os.fspath(path)
+    """Whether only epath can read it, and not the operating system.
+
+    Raises:
+      UserError: it is in a store that epath and TensorBoard do not both know.
+    """
+    scheme, separator, _ = os.fspath(path).partition("://")
+    if separator and scheme not in _OBJECT_STORES:
+        raise UserError(
+            f"the path {os.fspath(path)} begins with {scheme}://; use gs:// or s3://, or a folder that "
+            "every process can write to."
+        )
+    return bool(separator)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

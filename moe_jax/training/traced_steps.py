@@ -54,10 +54,16 @@ class StepTracer:
         self._target = workdir / FOLDER / f"process_{jax.process_index()}"
         self._traced: epath.Path | None = None  # Where the profiler writes, while it runs.
 
-    def before(self, step: int) -> None:
-        """Just before a step is called."""
+    def before(self, step: int, state: Any) -> None:
+        """Just before a step is called.
+
+        Args:
+          step: its number.
+          state: arrays that are ready when the step before it is computed, which is not traced.
+        """
         if self._traced is not None or step not in self._steps:
             return
+        jax.block_until_ready(state)
         # The profiler itself writes to local folders only.
         local = tempfile.mkdtemp() if is_remote(self._target) else self._target
         self._traced = epath.Path(local)

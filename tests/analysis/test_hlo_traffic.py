@@ -103,6 +103,9 @@ FUSED = """
         ("f32[100,16]{1,0} scatter(%t, %n, %u), to_apply=%add", 12 + 192 + 192),
         ("f32[100,16]{1,0} negate(%t)", 2 * 6400),
         ("f32[400,16]{1,0} all-gather(%t), replica_groups=[1,4]<=[4]", 6400 + 4 * 6400),
+        # What is sent is read and what is received is written, both 6,400 bytes.
+        ("(f32[100,16]{1,0}, u32[], token[]) send(%t, %a), channel_id=1", 6400),
+        ("(f32[100,16]{1,0}, u32[], token[]) recv(%a), channel_id=1", 6400),
         # A kernel by its own estimate, or by what it is given and gives.
         (
             'f32[1,16]{1,0} custom-call(%t), custom_call_target="tpu_custom_call", backend_config='
@@ -119,6 +122,7 @@ def test_what_an_instruction_moves(line, count):
 %i = s32[] parameter(2)
 %n = s32[3]{0} parameter(3)
 %u = f32[3,16]{1,0} parameter(4)
+%a = token[] after-all()
 """
     assert moved(f"{given_}ROOT %out = {line}", FUSED) == Bytes(count, exact=True)
 

@@ -224,7 +224,6 @@ def test_empty_rows_of_dropless_buffers_are_skipped(dispatch, shards, empty):
     counted = training_flops(model, TEXT, "tpu", {**ONE, "expert": shards})
     # 128 tokens, 2 matrices of 64 * 96; forward and two gradients.
     assert counted.skipped == 3 * empty * 128 * 2 * 2 * 64 * 96
-    assert counted.in_program == counted.executed + counted.skipped
     assert training_flops(model, TEXT, "cpu", {**ONE, "expert": shards}).skipped == 0
 
 

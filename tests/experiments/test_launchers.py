@@ -49,7 +49,12 @@ def test_a_script_gives_the_trainer_flags_that_exist(path):
 
 def test_the_document_names_flags_that_exist():
     text = DOCUMENT.read_text()
-    used = set(re.findall(r"--(\w+)\b(?!-)", text)) - {"nodes", "logdir", "search"}  # Others'.
+    used = set(re.findall(r"--(\w+)\b(?!-)", text)) - {
+        "nodes",
+        "logdir",
+        "search",
+        "signal",
+    }  # Others'.
     assert flags_of_trainer(text) <= used == used & flags_that_exist()
     for field in set(re.findall(r"--config\.([\w.]+)=?", text)):
         node = quickstart()

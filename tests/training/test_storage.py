@@ -4,6 +4,7 @@ import pytest
 from etils import epath
 
 from moe_jax.analysis import figures
+from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.training import checkpoints, loop, metrics
 from moe_jax.training.metrics import MetricsWriter
@@ -25,6 +26,13 @@ def test_paths_are_told_apart(tmp_path, monkeypatch):
     assert is_remote("gs://bucket/run") and not is_remote(tmp_path)
     assert str(absolute("gs://bucket/run")) == "gs://bucket/run"
     assert absolute("run") == epath.Path(tmp_path) / "run"
+
+
+def test_another_store_is_refused():
+    with pytest.raises(
+        UserError, match=r"the path hdfs://a/run begins with hdfs://; use gs:// or s3"
+    ):
+        is_remote("hdfs://a/run")
 
 
 def test_records_and_events_are_in_the_bucket_and_a_resumed_run_repeats_some(bucket):
@@ -53,7 +61,7 @@ def test_the_report_is_drawn_into_the_bucket(bucket):
 
 def test_a_trace_is_moved_into_the_bucket(bucket):
     tracer = StepTracer(range(1, 2), bucket)
-    tracer.before(1)
+    tracer.before(1, ())
     assert tracer.after(1, ())
     assert list((bucket / "profile" / "process_0").glob("plugins/profile/*/*.xplane.pb"))
 

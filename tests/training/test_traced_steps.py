@@ -30,7 +30,7 @@ def run(tracer: StepTracer, steps: range) -> list[int]:
     """Does some steps, and gives those after which the tracer stopped."""
     stopped = []
     for step in steps:
-        tracer.before(step)
+        tracer.before(step, ())
         if tracer.after(step, jnp.arange(step) + 1):
             stopped.append(step)
     tracer.close()

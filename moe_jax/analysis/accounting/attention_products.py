@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 
 from moe_jax.analysis.accounting.machine import Machine
 from moe_jax.analysis.accounting.products import Product
+from moe_jax.analysis.hlo.kernels import causal_scores
 from moe_jax.layers.attention_kernels import SPLASH_BLOCKS, obstacle_to_splash
 
 
@@ -44,7 +45,8 @@ class Scores:
         of which compute the scores and the gradient of the weights anew: one of the queries (scores
         h, gradient of the weights v, of the queries h), one of keys and values (h, v, h, v).
         Everything else is counted as XLA does it, whose four gradients read kept scores, and masked
-        scores are computed like others: so are cuDNN's kernels, although they do neither.
+        scores are computed like others. cuDNN's kernels are counted so too, although they keep no scores
+        and skip masked blocks.
         """
         widths = self.head_width + self.value_width
         if not self._splash(machine):
@@ -70,12 +72,10 @@ class Scores:
 
     def _pairs_in_splash(self) -> int:
         """Scores in all blocks that are not wholly masked, of one head of one row."""
-        rows, columns = (
-            next(block for block in SPLASH_BLOCKS if length % block == 0)
-            for length in (self.length, self.key_length)
-        )
         if not self.causal:
             return self.length * self.key_length
-        last_queries = range(rows - 1, self.length, rows)
-        blocks = sum(min(last // columns + 1, self.key_length // columns) for last in last_queries)
-        return rows * columns * blocks
+        lengths = (self.length, self.key_length)
+        rows, columns = (
+            next(block for block in SPLASH_BLOCKS if length % block == 0) for length in lengths
+        )
+        return causal_scores(*lengths, rows, columns)

@@ -1,8 +1,7 @@
 """FLOPs of a whole training step: of any run's model, on the global batch of its data.
 
 Forward and backward pass and what the backward pass recomputes; matrix products only, two operations
-for a multiply-add. Optimizers make none. A loss that runs the model twice (`task.consistency_weight`)
-doubles everything.
+for a multiply-add. Optimizers make none.
 
 Axis letters: B batch, M input length, L target length, d width, V vocabulary.
 """
@@ -19,7 +18,6 @@ from moe_jax.analysis.accounting.moe_products import of_moe
 from moe_jax.analysis.accounting.products import Cost, Product, cost
 from moe_jax.analysis.accounting.recurrent_lm import of_lstm
 from moe_jax.analysis.accounting.stack_products import Rows, of_stack
-from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.models.definition import ModelDefinition
@@ -47,17 +45,13 @@ class TrainingFlops:
     executed: float
     skipped: float
 
-    @property
-    def in_program(self) -> float:
-        """What a compiled program's products and its kernels' cost estimates add up to."""
-        return self.executed + self.skipped
-
 
 def training_flops(model: Any, data: Any, platform: str, mesh: Mapping[str, int]) -> TrainingFlops:
     """Counts a step.
 
     On CPUs dropless experts are counted as on other platforms, but work in another way: their FLOPs
-    depend on the routing.
+    depend on the routing. The model is taken to run once: THOR's consistency loss
+    (`task.consistency_weight`) runs it twice, which doubles the step and is not counted.
 
     Args:
       model: config of a model of any family that has counts.
@@ -77,7 +71,7 @@ def training_flops(model: Any, data: Any, platform: str, mesh: Mapping[str, int]
 @functools.singledispatch
 def _cost(model: Any, data: Any, machine: Machine) -> Cost:
     """Of the families that `families.account` knows."""
-    raise UserError(f"model is {type(model).__name__}, whose training FLOPs are not counted.")
+    raise NotImplementedError(type(model).__name__)
 
 
 @_cost.register

@@ -106,9 +106,14 @@ def collective_of(
       op_name: see `Instruction`.
       devices: of the program.
       trips: how often it runs.
+
+    Raises:
+      ValueError: its groups, or what a transfer between slices is for, are in an unknown notation.
     """
     name = instruction.opcode.removesuffix("-start")
     if name == "recv" and (transfer := _TRANSFER_TYPE.search(instruction.attributes)):
+        if transfer[1] not in _BETWEEN_SLICES:
+            raise ValueError(f"a transfer between slices of an unknown type: {transfer[1]!r}")
         return _between_slices(_BETWEEN_SLICES[transfer[1]], instruction, op_name, devices, trips)
     if name not in COLLECTIVES:
         return None

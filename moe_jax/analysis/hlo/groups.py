@@ -44,23 +44,27 @@ def groups_between_slices(attributes: str, devices: int) -> Groups:
     """Partition ids that exchange something through the hosts of TPU slices.
 
     Each device talks to those that have its place in the other slices. Partitions are taken to be in
-    the order of slices, as `moe_jax.parallel.mesh.mesh_of` lays them.
+    the order of slices, as `moe_jax.parallel.mesh.mesh_of` lays them. The text of a program for several
+    slices is that of one slice: its number of partitions, and the groups within slices, are.
 
     Args:
       attributes: with `_xla_megascale_target="{1,2}x{0:3}"`: slices, and devices of each.
-      devices: of the program.
+      devices: of the program's text, those of one slice.
 
     Raises:
-      ValueError: the slices are not named.
+      ValueError: the slices are not named, or not all devices of a slice.
     """
-    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', attributes)
-    if not target:
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x\{([\d,:]+)\}"', attributes)
+    if not target or _counted(target[2]) != devices:
         raise ValueError(f"a transfer between slices in an unknown notation: {attributes[:200]!r}")
-    slices = 0
-    for part in target[1].split(","):
-        first, _, last = part.partition(":")
-        slices += int(last or first) - int(first) + 1
-    return _rows(np.arange(devices).reshape(slices, -1).T)
+    slices = _counted(target[1])
+    return _rows(np.arange(slices * devices).reshape(slices, devices).T)
+
+
+def _counted(ranges: str) -> int:
+    """Of 1,4:6 there are 4."""
+    pairs = (part.partition(":") for part in ranges.split(","))
+    return sum(int(last or first) - int(first) + 1 for first, _, last in pairs)
 
 
 def _groups_of_mesh(mesh: str, ids: str | None, axes: str) -> Groups:

@@ -88,14 +88,14 @@ def _splash_flops(instruction: Instruction, operands: Sequence[Array], op_name: 
     if sum(array.dtype == "s32" for array in others) % 2:
         suffix = "" if name[1] == "fwd" else f"_{name[1]}"
         blocks = re.findall(rf'block_(?:q|kv){suffix}\\": (\d+)', instruction.attributes)
-        rows, columns = map(int, blocks)
-        scores = rows * columns * _causal_blocks(length, key_length, rows, columns)
+        scores = causal_scores(length, key_length, *map(int, blocks))
     of_head, of_value = _SPLASH_PRODUCTS[name[1]]
     widths = of_head * query.dims[-1] + of_value * value.dims[-1]
     return 2 * math.prod(query.dims[:-2]) * scores * widths
 
 
-def _causal_blocks(length: int, key_length: int, rows: int, columns: int) -> int:
-    """Blocks of [rows, columns] scores in which some query reads a key up to its own position."""
+def causal_scores(length: int, key_length: int, rows: int, columns: int) -> int:
+    """Scores in blocks of [rows, columns] in which some query reads a key up to its own position."""
     last_queries = range(rows - 1, length, rows)
-    return sum(min(last // columns + 1, key_length // columns) for last in last_queries)
+    blocks = sum(min(last // columns + 1, key_length // columns) for last in last_queries)
+    return rows * columns * blocks

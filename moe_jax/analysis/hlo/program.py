@@ -48,7 +48,8 @@ class Program:
     def matrix_products(self) -> list[MatrixProduct]:
         """Every dot and convolution, also within fusions, and cuBLAS calls on GPUs.
 
-        Other custom calls are opaque and left out; `kernels` has Pallas's.
+        Other custom calls are opaque and left out; `kernels` has Pallas's for TPUs. So nothing counts
+        what cuDNN computes, such as attention on GPUs.
         """
         return [
             MatrixProduct(self.op_name(instruction.name), flops, self.trips(computation))

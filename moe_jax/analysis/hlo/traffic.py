@@ -136,6 +136,10 @@ def _shares_of_parameters(module: Module, fusion: Instruction) -> list[float]:
 
 def _written(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Bytes of the result, or of what changes in an array that is updated."""
+    if instruction.opcode == "send":
+        return 0  # Its result is its operand.
+    if instruction.opcode == "recv":
+        return next(arrays_of(instruction.shape)).bytes
     shape = delivered(instruction)
     if not _bytes(shape):
         return 0
