@@ -104,7 +104,7 @@ def _layout(report: PodReport) -> str:
 
 
 def _seconds(report: PodReport) -> str:
-    return f"{report.roofline.step_seconds:.3f} s" if report.roofline else ""
+    return f"{report.roofline.step_seconds:.4g} s" if report.roofline else ""
 
 
 def ranking(reports: list[PodReport]) -> str:
@@ -115,7 +115,7 @@ def ranking(reports: list[PodReport]) -> str:
         lines.append(
             f"{one.hbm.total / GIB:8.1f}{'yes' if one.fits else 'no':>6}"
             + (
-                f"{line.step_seconds:9.3f}s{line.mfu:7.1%}  {line.binding:14}"
+                f"{line.step_seconds:9.4g}s{line.mfu:7.1%}  {line.binding:14}"
                 if line
                 else f"{'':10}{'':7}  {'':14}"
             )

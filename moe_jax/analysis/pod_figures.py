@@ -161,13 +161,13 @@ def save_budgets(reports: Reports, title: str, path: epath.PathLike) -> None:
         if terms := report["roofline"]:
             total = sum(_share_of_step(report, name) for name in _TERMS)
             right.text(total, row, f" MFU {terms['mfu']:.0%}", va="center", fontsize=8)
-    right.margins(x=0.15)  # Room for the last words.
+    right.set_xlim(0, 1.25 * right.get_xlim()[1])  # Room for the last words.
     right.set(title="Terms of the roofline, one after the other", xlabel="% of the longest")
     left.invert_yaxis()
     left.tick_params(axis="y", labelsize=8)
     for panel in (left, right):
         panel.grid(axis="x", alpha=0.3, linewidth=0.5)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
     _save(figure, path)
 
 

@@ -48,7 +48,7 @@ def test_cpus_in_place_of_gpus_are_named():
 def test_the_ranking_ends_with_the_best():
     slow = report(fits=False, roofline=None)
     lines = lines_of(compile_pod.ranking([report(), slow]))
-    assert lines[1] == ("0.0 yes 0.400s 60.0% compute data=2 x expert=4 x model=1 (microbatches=2)")
+    assert lines[1] == ("0.0 yes 0.4s 60.0% compute data=2 x expert=4 x model=1 (microbatches=2)")
     assert lines[2] == "0.0 no data=2 x expert=4 x model=1 (microbatches=2)"
     assert lines[3] == "best: data=2 x expert=4 x model=1 (microbatches=2)"
 
