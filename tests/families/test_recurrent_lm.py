@@ -2,6 +2,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from configs.tiny.recurrent_lm import get_config
 from moe_jax.layers.moe import MoEConfig
@@ -43,6 +44,7 @@ def test_learns_more_than_letter_frequencies_with_every_expert_and_gate(data_dir
     check_every_expert_and_gate(moe)
 
 
+@pytest.mark.slow
 def test_every_expert_and_gate_of_a_hierarchy_has_a_gradient(data_dir):
     config = small_config(data_dir)
     config.model.moe = MoEConfig(HierarchicalNoisyTopK(groups=4, k=1), group_size=128)

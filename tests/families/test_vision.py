@@ -59,6 +59,7 @@ def test_v_moe_learns_more_than_how_frequent_classes_are(digits, tmp_path):
     expect_gradients(moments["stack"]["stages"][0]["blocks"][1]["mlp"], config.model.num_experts)
 
 
+@pytest.mark.slow  # The other half of this family's smoke tests.
 def test_soft_moe_learns_more_than_how_frequent_classes_are(digits):
     """One block, and plain steps: the trainer's other programs would only be compiled again."""
     config = smaller(soft_moe.get_config(), digits)

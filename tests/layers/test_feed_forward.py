@@ -100,12 +100,27 @@ def apply(definition, weights, x, mesh):
     return jax.device_get((y, gradients))
 
 
+DISPATCHES = {
+    "gather": Gather(),
+    "spill": Dropless(method=Method.SPILL),
+    "grouped": Dropless(method=Method.GROUPED),
+}
+
+
 @pytest.mark.parametrize(
-    "dispatch",
-    [Gather(), Dropless(method=Method.SPILL), Dropless(method=Method.GROUPED)],
-    ids=["gather", "spill", "grouped"],
+    ("form", "dispatch"),
+    [
+        pytest.param(
+            form,
+            dispatch,
+            id=f"{form}-{name}",
+            # Each form and each dispatch occurs by default, and the form with all parts in each.
+            marks=[] if i in (1, j) else pytest.mark.slow,
+        )
+        for i, form in enumerate(FORMS[1:])
+        for j, (name, dispatch) in enumerate(DISPATCHES.items())
+    ],
 )
-@pytest.mark.parametrize("form", FORMS[1:], ids=str)
 def test_experts_follow_the_formula_on_every_mesh(form, dispatch):
     capacity = Capacity() if dispatch.dropless else Capacity(rule=CapacityRule.NO_DROPS)
     moe = MoEConfig(TopK(k=2), capacity, group_size=L, dispatch=dispatch, experts=form)
