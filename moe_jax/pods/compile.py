@@ -103,9 +103,19 @@ def compile_step(
 
 
 def compiler_version(platform: str) -> str:
-    """Such as `libtpu 0.0.42.1`; of XLA itself for other platforms."""
+    """Such as `libtpu 0.0.42.1`; of XLA itself for other platforms.
+
+    Raises:
+      UserError: libtpu is not installed.
+    """
     package = "libtpu" if platform == "tpu" else "jaxlib"
-    return f"{package} {importlib.metadata.version(package)}"
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(
+            "libtpu, which compiles for TPUs, is not installed; run make install EXTRA=tpu on Linux on "
+            "x86_64."
+        ) from error
 
 
 def _devices(topology: Topology) -> tuple[Sequence[jax.Device], str]:

@@ -33,6 +33,7 @@ def compiled(monkeypatch):
         )
 
     monkeypatch.setattr(search, "compile_step", compile_step)
+    monkeypatch.setattr(search, "compiler_version", lambda platform: "libtpu 1.2")
     return configs
 
 
