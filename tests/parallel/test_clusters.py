@@ -6,11 +6,13 @@ is not among ours. GKE's TPUs need it not.
 
 import contextlib
 import http.server
+import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 
@@ -19,8 +21,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 _PROGRAM = textwrap.dedent("""
+    import json
     import os
+    import pathlib
+
     import jax
+
     from moe_jax.parallel import multihost
 
     # JAX sets it on a machine without TPUs, and then does not look for Cloud TPU.
@@ -29,10 +35,10 @@ _PROGRAM = textwrap.dedent("""
     jax.config.update("jax_num_cpu_devices", 2)
     multihost.join(detect=True)
     first = multihost.by_first_process(lambda: 40 + jax.process_index())
-    print(
-        "joined", jax.process_index(), jax.process_count(), jax.local_device_count(),
-        jax.device_count(), first
-    )
+    said = [
+        jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count(), first
+    ]
+    pathlib.Path(os.environ["SAID"]).write_text(json.dumps(said))
 """)
 
 
@@ -53,26 +59,27 @@ def joined(environments: list[dict[str, str]]) -> list[list[int]]:
         "JAX_PLATFORMS": "cpu",
         "JAX_COORDINATOR_PORT": str(free_port()),
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM],
-            env={**inherited, **common, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for variables in environments
-    ]
-    try:
-        ended = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * len(processes), ended
-    # Gloo writes lines of its own.
-    lines = [line for out, _ in ended for line in out.splitlines() if line.startswith("joined")]
-    return [[int(word) for word in line.split()[1:]] for line in lines]
+    with tempfile.TemporaryDirectory() as folder:
+        # Files, because Gloo writes to the standard output too, into the middle of our lines.
+        files = [pathlib.Path(folder, f"{index}.json") for index in range(len(environments))]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM],
+                env={**inherited, **common, **variables, "SAID": str(file)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for variables, file in zip(environments, files, strict=True)
+        ]
+        try:
+            ended = [process.communicate(timeout=120) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        assert [process.returncode for process in processes] == [0] * len(processes), ended
+        return [json.loads(file.read_text()) for file in files]
 
 
 def all_of(count: int) -> list[list[int]]:
