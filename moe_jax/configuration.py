@@ -4,6 +4,7 @@ A dataclass is written as its fields plus a `"type"` tag, so that a swapped comp
 router, another optimizer) is rebuilt as what it was. Only allow-listed types are ever built.
 """
 
+import copy
 import dataclasses
 import enum
 import typing
@@ -109,3 +110,32 @@ def differences(old: Any, new: Any, path: str = "config") -> Iterator[tuple[str,
             yield from differences(old.get(key), new.get(key), f"{path}.{key}")
     elif old != new:
         yield path, old, new
+
+
+def changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A copy of a config with other values in some fields.
+
+    Args:
+      config: a tree of dataclasses.
+      changes: path of a field, such as `model.moe.group_size`, -> its value; in this order.
+
+    Raises:
+      UserError: a path names no field, or its value is none of the field's choices.
+    """
+    new = copy.deepcopy(config)
+    for path, value in changes.items():
+        *parents, name = path.split(".")
+        node = new
+        for parent in parents:
+            node = getattr(node, parent, None)
+        if not hasattr(node, name):
+            raise UserError(f"a change of {path} names no field of the config.")
+        old = getattr(node, name)
+        try:
+            setattr(node, name, type(old)(value) if isinstance(old, enum.Enum) else value)
+        except ValueError as error:
+            choices = ", ".join(str(choice) for choice in type(old))
+            raise UserError(
+                f"{path} is changed to {value!r}; it must be one of {choices}."
+            ) from error
+    return new

@@ -3,14 +3,12 @@
 PODS = (PodLayout("v4:8x8x16", MeshConfig(data=32, expert=8, model=4)),)
 """
 
-import copy
 import dataclasses
-import enum
 import runpy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_jax.configuration import differences, encode
+from moe_jax.configuration import changed, differences, encode
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import AXES, MeshConfig, parse_mesh
 from moe_jax.pods.hardware import topology
@@ -40,12 +38,9 @@ class PodLayout:
         Raises:
           UserError: a change names no field, or a choice that the field has not.
         """
-        changed = copy.deepcopy(config)
         axes = {axis: getattr(self.mesh, axis) for axis in AXES}
-        changed.mesh = dataclasses.replace(changed.mesh, **axes)
-        for path, value in self.changes.items():
-            _set(changed, path, value)
-        return changed
+        mesh = dataclasses.replace(config.mesh, **axes)
+        return changed(config, {"mesh": mesh, **self.changes})
 
 
 def pods_of(filename: str) -> tuple[PodLayout, ...]:
@@ -90,19 +85,3 @@ def changes_between(before: Experiment, after: Experiment) -> dict[str, Any]:
     found = differences(encode(before), encode(after), "")
     paths = ((path.removeprefix("."), value) for path, _, value in found)
     return {path: value for path, value in paths if not path.startswith("mesh.")}
-
-
-def _set(config: Any, path: str, value: Any) -> None:
-    *parents, name = path.split(".")
-    node = config
-    for parent in parents:
-        node = getattr(node, parent, None)
-    if not hasattr(node, name):
-        raise UserError(f"a layout changes {path}, which is no field of the config.")
-    old = getattr(node, name)
-    try:
-        setattr(node, name, type(old)(value) if isinstance(old, enum.Enum) else value)
-    except ValueError as error:
-        raise UserError(
-            f"a layout sets {path} to {value!r}; it must be one of {', '.join(str(choice) for choice in type(old))}."
-        ) from error

@@ -1,0 +1,1 @@
+"""Claims of papers brought to a verdict: runs, measurements, thresholds, reports."""

@@ -1,0 +1,159 @@
+"""What measurements say of a claim: reproduced, not resolved or contradicted.
+
+A verdict is computed from samples, one value for each seed, by a rule that is fixed before the runs.
+"""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class Verdict(enum.StrEnum):
+    """REPRODUCED: the effect is there; CONTRADICTED: its opposite is.
+
+    NOT_RESOLVED: the runs cannot tell.
+    """
+
+    REPRODUCED = "reproduced"
+    NOT_RESOLVED = "not resolved"
+    CONTRADICTED = "contradicted"
+
+
+STANDARD_ERRORS = 2.0
+"""A difference counts if it exceeds so many of its standard errors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One statement of a claim with what was measured of it.
+
+    Attributes:
+      statement: what the paper says, such as "8 experts have a lower loss than the dense twin".
+      paper: its figures and where they stand, such as "-1.505 -> -1.427 (Switch, Table 7)".
+      ours: the same in our figures.
+      verdict: see `Verdict`.
+      needs: for "not resolved", what would resolve it; empty otherwise.
+    """
+
+    statement: str
+    paper: str
+    ours: str
+    verdict: Verdict
+    needs: str = ""
+
+
+def compare(
+    statement: str,
+    paper: str,
+    larger: Sequence[float],
+    smaller: Sequence[float],
+    *,
+    unit: str = "",
+    margin: float = 0.0,
+) -> Finding:
+    """Judges "the first is larger than the second" by the means over seeds.
+
+    The difference of the means counts if it exceeds twice its standard error, and the margin. Seeds
+    are taken as independent, although they share data: a paired test would be sharper, but three
+    seeds are too few to trust how they are correlated.
+
+    Args:
+      statement, paper: see `Finding`.
+      larger: value of each seed of what the claim says is larger. A value that is infinite, such as
+        the loss of a run that diverged, is larger than all finite ones.
+      smaller: of what it says is smaller; one value for a constant.
+      unit: of the values, for the text.
+      margin: least difference that the claim means.
+
+    Raises:
+      ValueError: a sample is empty, or a value is NaN.
+    """
+    first, second = (np.asarray(sample, np.float64) for sample in (larger, smaller))
+    if not first.size or not second.size or np.isnan(first).any() or np.isnan(second).any():
+        raise ValueError(f"{statement}: samples are {larger} and {smaller}; each needs numbers.")
+    shown = f"{describe(first)} against {describe(second)} {unit}".rstrip()
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return _by_rank(statement, paper, first, second, shown)
+    difference = float(first.mean() - second.mean())
+    error = math.hypot(standard_error(first), standard_error(second))
+    threshold = max(STANDARD_ERRORS * error, margin)
+    shown += f": difference {difference:.3g} ± {error:.2g}"
+    if abs(difference) > threshold:
+        verdict = Verdict.REPRODUCED if difference > 0 else Verdict.CONTRADICTED
+        return Finding(statement, paper, shown, verdict)
+    needs = _needs(difference, first, second, margin)
+    return Finding(statement, paper, shown, Verdict.NOT_RESOLVED, needs)
+
+
+def agree(
+    statement: str, paper: str, printed: float, estimate: float, error: float, rounding: float
+) -> Finding:
+    """Judges "the estimate is the printed number".
+
+    Contradicted if they differ by more than twice the standard error and what the print rounds off;
+    not resolved if an estimate of such an error would agree with 0 as well.
+
+    Args:
+      statement, paper: see `Finding`.
+      printed: the paper's number.
+      estimate: ours.
+      error: its standard error.
+      rounding: half a unit of the last printed digit.
+    """
+    reach = STANDARD_ERRORS * error + rounding
+    shown = f"{estimate:.4g} ± {error:.2g}"
+    if abs(estimate - printed) > reach:
+        return Finding(statement, paper, shown, Verdict.CONTRADICTED)
+    if abs(printed) <= STANDARD_ERRORS * error:
+        return Finding(statement, paper, shown, Verdict.NOT_RESOLVED, "more data")
+    return Finding(statement, paper, shown, Verdict.REPRODUCED)
+
+
+def overall(findings: Sequence[Finding]) -> Verdict:
+    """Of a claim: contradicted if a finding is, reproduced if all are, else not resolved."""
+    verdicts = {finding.verdict for finding in findings}
+    if Verdict.CONTRADICTED in verdicts:
+        return Verdict.CONTRADICTED
+    return Verdict.REPRODUCED if verdicts == {Verdict.REPRODUCED} else Verdict.NOT_RESOLVED
+
+
+def standard_error(sample: np.ndarray) -> float:
+    """Of the mean; 0 for a constant, which is one value."""
+    return float(sample.std(ddof=1) / math.sqrt(sample.size)) if sample.size > 1 else 0.0
+
+
+def describe(sample: Sequence[float]) -> str:
+    """'1.836 ± 0.009 (3 seeds)': mean and standard error; a constant is its value."""
+    values = np.asarray(sample, np.float64)
+    finite = values[np.isfinite(values)]
+    if finite.size < values.size:
+        return f"{values.size - finite.size} of {values.size} seeds diverged"
+    if values.size == 1:
+        return f"{values[0]:.4g}"
+    return f"{values.mean():.4g} ± {standard_error(values):.2g} ({values.size} seeds)"
+
+
+def _by_rank(
+    statement: str, paper: str, first: np.ndarray, second: np.ndarray, shown: str
+) -> Finding:
+    """Where some values are infinite, only samples that do not overlap are told apart."""
+    if first.min() > second.max():
+        return Finding(statement, paper, shown, Verdict.REPRODUCED)
+    if first.max() < second.min():
+        return Finding(statement, paper, shown, Verdict.CONTRADICTED)
+    return Finding(statement, paper, shown, Verdict.NOT_RESOLVED, "runs that do not diverge")
+
+
+def _needs(difference: float, first: np.ndarray, second: np.ndarray, margin: float) -> str:
+    """How many seeds would resolve a difference as large as the measured one."""
+    size = abs(difference)
+    if size <= margin:
+        return f"a difference above {margin:g}, which the claim means; more seeds show none"
+    deviation = math.hypot(*(x.std(ddof=1) if x.size > 1 else 0.0 for x in (first, second)))
+    seeds = math.ceil((STANDARD_ERRORS * deviation / size) ** 2) if size else math.inf
+    if seeds > 1000:
+        return "more than 1,000 seeds for a difference this small"
+    return f"about {seeds} seeds for a difference this small"
