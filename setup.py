@@ -17,6 +17,7 @@ setup(
         "grain>=0.2.18",
         "importlib_resources",  # Imported by tensorflow-datasets, which does not ask for it.
         "jax>=0.10.2",
+        "markdown-it-py",
         "matplotlib",
         "ml_collections>=1.1.0",
         "numpy",
@@ -25,6 +26,7 @@ setup(
         "pillow",
         "polib",
         "safetensors",
+        "scipy",
         "tensorboardX",
         "tensorflow-datasets>=4.9.10",
         "tokenizers",

@@ -94,11 +94,15 @@ def report_to_user(main: Callable[[], None]) -> None:
 def _main(main: Callable[[], None], argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; flags are written --name=value.")
-    # A second run of the same model starts at once.
+    keep_compiled_programs()
+    main()
+
+
+def keep_compiled_programs() -> None:
+    """A second run of the same model starts at once."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.path.expanduser("~/.cache/moe_jax/compiled")
         jax.config.update("jax_compilation_cache_dir", cache)
-    main()
 
 
 def _stop(message: str, status: int) -> None:

@@ -26,7 +26,7 @@ FLOORS = [
     ["analysis"],
     ["training"],
     ["command_line"],
-    ["pods"],
+    ["pods", "reproduction"],
 ]
 FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names}
 MODULES = sorted((ROOT / "moe_jax").rglob("*.py"))

@@ -125,7 +125,7 @@ def standard_error(sample: np.ndarray) -> float:
     return float(sample.std(ddof=1) / math.sqrt(sample.size)) if sample.size > 1 else 0.0
 
 
-def describe(sample: Sequence[float]) -> str:
+def describe(sample: Sequence[float] | np.ndarray) -> str:
     """'1.836 ± 0.009 (3 seeds)': mean and standard error; a constant is its value."""
     values = np.asarray(sample, np.float64)
     finite = values[np.isfinite(values)]

@@ -113,7 +113,7 @@ class DeepSeekV2(LinearRouter):
     def choose(self, parameters: Arrays, inputs: RouterInputs, num_experts: int) -> Choice:
         """The K most probable experts on each token's M best devices."""
         logits = self.logits(parameters, inputs)
-        probabilities = jax.nn.softmax(logits)
+        probabilities = self.softmax(logits)
         ranking = within_best_groups(
             self.ranking(logits, inputs),
             self.losses.devices,
@@ -121,7 +121,7 @@ class DeepSeekV2(LinearRouter):
             counted=1,
         )
         _, experts = jax.lax.top_k(ranking, self.k)
-        weights = self.gate_scale * probabilities
+        weights = self.rounded(self.gate_scale * probabilities)
         clean = self.clean(parameters, inputs, probabilities)
         return Choice(logits, probabilities, clean, experts, weights, {})
 

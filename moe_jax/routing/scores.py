@@ -1,7 +1,8 @@
 """From a token's vector to a score per expert: logits, exploration noise, soft cap.
 
 Axis letters: S tokens in a group, E experts, d width.
-Everything is float32 whatever the compute dtype (Switch section 2.4, ST-MoE section 3.3).
+Everything is float32 whatever the compute dtype (Switch section 2.4, ST-MoE section 3.3); routers
+that have a `dtype` can be made to round, to see what that does.
 """
 
 import enum
@@ -27,6 +28,25 @@ class Exploration(enum.StrEnum):
     SAMPLE = "sample"
     INPUT_DROPOUT = "input_dropout"
     JITTER = "jitter"
+
+
+class RouterDtype(enum.StrEnum):
+    """What the numbers of a router are rounded to (Switch Table 2).
+
+    BFLOAT16 rounds inputs, weights, logits, probabilities and gates, and the gradients that pass
+    them; sums of products are float32, as on the matrix units of TPUs and GPUs.
+    """
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def rounded(x: jax.Array, dtype: RouterDtype) -> jax.Array:
+    """float32 numbers that the dtype can represent."""
+    if dtype == RouterDtype.FLOAT32:
+        return x
+    # A conversion to bfloat16 and back may be left out by XLA, which takes it for excess precision.
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def initial_weights(key: jax.Array, width: int, num_experts: int) -> jax.Array:

@@ -25,7 +25,7 @@ from moe_jax.routing.assignment import (
     register,
 )
 from moe_jax.routing.losses import Losses
-from moe_jax.routing.scores import Exploration
+from moe_jax.routing.scores import Exploration, RouterDtype
 from moe_jax.routing.service import ServiceOrder
 
 
@@ -207,11 +207,14 @@ class LinearRouter(TokenChoice):
       exploration: how other experts are tried in training.
       exploration_rate: epsilon of the jitter, or the rate of the input dropout.
       logit_soft_cap: c of c * tanh(logits / c); 0 for none (praxis).
+      dtype: what inputs, weights, logits, probabilities and gates are rounded to; every paper's is
+        float32 in the end.
     """
 
     exploration: Exploration = Exploration.ARGMAX
     exploration_rate: float = 0.0
     logit_soft_cap: float = 0.0
+    dtype: RouterDtype = RouterDtype.FLOAT32
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
@@ -229,7 +232,16 @@ class LinearRouter(TokenChoice):
     def logits(self, parameters: Arrays, inputs: RouterInputs) -> jax.Array:
         """[S, E] float32, of the explored input and capped."""
         x = scores.explored_input(inputs, self.exploration, self.exploration_rate)
-        return scores.soft_cap(scores.product(x, parameters["weights"]), self.logit_soft_cap)
+        logits = scores.product(self.rounded(x), self.rounded(parameters["weights"]))
+        return self.rounded(scores.soft_cap(logits, self.logit_soft_cap))
+
+    def softmax(self, logits: jax.Array) -> jax.Array:
+        """[S, E] float32 probabilities."""
+        return self.rounded(jax.nn.softmax(logits))
+
+    def rounded(self, x: jax.Array) -> jax.Array:
+        """The numbers that the router's dtype can represent, float32."""
+        return scores.rounded(x, self.dtype)
 
     def clean(
         self, parameters: Arrays, inputs: RouterInputs, probabilities: jax.Array
@@ -237,7 +249,7 @@ class LinearRouter(TokenChoice):
         """[S, E] the probabilities of the input without noise."""
         if not inputs.train or self.exploration in (Exploration.ARGMAX, Exploration.SAMPLE):
             return probabilities
-        return jax.nn.softmax(self.logits(parameters, dataclasses.replace(inputs, train=False)))
+        return self.softmax(self.logits(parameters, dataclasses.replace(inputs, train=False)))
 
     def ranking(self, logits: jax.Array, inputs: RouterInputs) -> jax.Array:
         """[S, E] what the K largest are taken of: the logits, or draws with `sample`."""
@@ -276,14 +288,14 @@ class TopK(LinearRouter):
     def choose(self, parameters: Arrays, inputs: RouterInputs, num_experts: int) -> Choice:
         """The K most probable experts of each token."""
         logits = self.logits(parameters, inputs)
-        probabilities = jax.nn.softmax(logits)
+        probabilities = self.softmax(logits)
         _, experts = jax.lax.top_k(self.ranking(logits, inputs), self.k)
         weights = self.gate_scale * probabilities
         if self.renormalize:
             chosen = gates_of(probabilities, experts).sum(axis=1, keepdims=True)
             weights = weights / jnp.maximum(chosen, 1e-9)
         clean = self.clean(parameters, inputs, probabilities)
-        return Choice(logits, probabilities, clean, experts, weights, {})
+        return Choice(logits, probabilities, clean, experts, self.rounded(weights), {})
 
 
 class LaterChoices(enum.StrEnum):
@@ -335,7 +347,7 @@ class GShard(LinearRouter):
     def choose(self, parameters: Arrays, inputs: RouterInputs, num_experts: int) -> Choice:
         """The K most probable experts, some of the later ones left out."""
         logits = self.logits(parameters, inputs)
-        probabilities = jax.nn.softmax(logits)
+        probabilities = self.softmax(logits)
         _, experts = jax.lax.top_k(self.ranking(logits, inputs), self.k)
         chosen = gates_of(probabilities, experts).sum(axis=1, keepdims=True)
         weights = probabilities / jnp.maximum(chosen, 1e-9)
@@ -344,7 +356,7 @@ class GShard(LinearRouter):
         keep = _kept(policy, gates_of(weights, experts), self.threshold, keep_key)
         experts = jnp.where(keep.at[:, 0].set(True), experts, num_experts)
         clean = self.clean(parameters, inputs, probabilities)
-        return Choice(logits, probabilities, clean, experts, weights, {})
+        return Choice(logits, probabilities, clean, experts, self.rounded(weights), {})
 
 
 def _kept(policy: LaterChoices, gates: jax.Array, threshold: float, key: jax.Array) -> jax.Array:

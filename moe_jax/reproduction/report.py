@@ -1,0 +1,222 @@
+"""Reports of claims: a JSON file and a picture of each, report.md and report.html of all of them."""
+
+import base64
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
+
+from moe_jax.reproduction import verdicts
+from moe_jax.reproduction.claim import Claim
+from moe_jax.reproduction.results import Results, SideResult
+from moe_jax.reproduction.runs import write_json
+from moe_jax.reproduction.verdicts import Verdict, describe
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-size: 0.9rem; display: block; overflow-x: auto; }
+td, th { border: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: left; vertical-align: top; }
+img { max-width: 100%; } code { background: #f3f3f3; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """Under which the runs were made.
+
+    Attributes:
+      profile: what they were sized for.
+      hardware: in words.
+      processes: that worked at the same time.
+      commits: of the code that the runs were trained with.
+      datasets: name and sha256 of each.
+    """
+
+    profile: str
+    hardware: str
+    processes: int
+    commits: Sequence[str]
+    datasets: Sequence[str]
+
+
+def write_claim(
+    claim: Claim, results: Results, conditions: Conditions, output: pathlib.Path
+) -> dict[str, Any]:
+    """Judges a finished claim and writes `<name>.json` and `<name>.png`.
+
+    Returns:
+      What the JSON file says.
+    """
+    findings = claim.findings(results)
+    table = claim.table(results)
+    record = {
+        "name": claim.name,
+        "title": claim.title,
+        "statement": claim.statement,
+        "verdict": verdicts.overall(findings),
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+        "table": {"columns": list(table.columns), "rows": [list(row) for row in table.rows]},
+        "sides": [_side(side) for side in results.sides.values()],
+        "command": f"python experiments/reproduce.py --claim={claim.name} "
+        f"--profile={conditions.profile}",
+        **dataclasses.asdict(conditions),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    figure = Figure(layout="constrained")
+    claim.draw(results, figure)
+    figure.savefig(output / f"{claim.name}.png", dpi=120)
+    write_json(output / f"{claim.name}.json", record)
+    return record
+
+
+def write_reports(output: pathlib.Path) -> list[dict[str, Any]]:
+    """Writes report.md and report.html of all claims whose JSON files are in a folder.
+
+    Returns:
+      The claims' records by name.
+    """
+    records = read_records(output)
+    markdown = "\n\n".join(
+        ["# Claims of papers, reproduced", verdict_table(records), *map(_section, records)]
+    )
+    (output / "report.md").write_text(markdown + "\n")
+    (output / "report.html").write_text(_html(markdown, output))
+    return records
+
+
+def read_records(output: pathlib.Path) -> list[dict[str, Any]]:
+    """Of the claims whose JSON files are in a folder, by name."""
+    return [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
+
+
+def verdict_table(records: Sequence[Mapping[str, Any]], link: str = "") -> str:
+    """A row for each claim with its verdict, in Markdown.
+
+    Args:
+      records: of the claims.
+      link: file that the claims are described in, empty for this one.
+    """
+    lines = ["| claim | verdict | findings |", "|---|---|---|"]
+    for record in records:
+        counts = {v: [f["verdict"] for f in record["findings"]].count(v) for v in Verdict}
+        shown = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+        title = f"[{record['title']}]({link}#{_anchor(record['title'])})"
+        lines.append(f"| {title} | **{record['verdict']}** | {shown} |")
+    return "\n".join(lines)
+
+
+def _side(result: SideResult) -> dict[str, Any]:
+    """What the report says of a side; infinite losses are null."""
+    return {
+        "name": result.side.name,
+        "config": result.side.described(),
+        "steps": result.config.steps,
+        "seeds": list(result.side.seeds),
+        "learning_rate": result.learning_rate,
+        "validation_loss_by_learning_rate": {
+            f"{rate:g}": _finite(loss) for rate, loss in result.validation.items()
+        },
+        "test_loss": [_finite(loss) for loss in result.test_losses],
+        "diverged": sum(run.diverged_at is not None for run in result.runs),
+        "parameters": result.parameters,
+        "algorithmic_flops": result.algorithmic_flops,
+        "executed_flops": result.executed_flops,
+        "seconds": [round(run.seconds, 1) for run in result.runs],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None
+
+
+def _section(record: Mapping[str, Any]) -> str:
+    """Of one claim, in Markdown."""
+    parts = [
+        f"## {record['title']}",
+        f"**{record['verdict'].capitalize()}.**",
+        record["statement"],
+        f"![{record['title']}]({record['name']}.png)",
+        _findings(record["findings"]),
+        "Paper's figures beside ours:",
+        _table(record["table"]["columns"], record["table"]["rows"]),
+    ]
+    if record["sides"]:
+        parts += ["Runs:", _sides(record["sides"])]
+    parts.append(_provenance(record))
+    return "\n\n".join(parts)
+
+
+def _findings(findings: Sequence[Mapping[str, str]]) -> str:
+    rows = [
+        [f["statement"], f["paper"], f["ours"], f"**{f['verdict']}**", f["needs"]] for f in findings
+    ]
+    return _table(["statement", "paper", "here", "verdict", "would be resolved by"], rows)
+
+
+def _sides(sides: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for side in sides:
+        losses = [float("inf") if loss is None else loss for loss in side["test_loss"]]
+        grid = side["validation_loss_by_learning_rate"]
+        tried = f"{side['learning_rate']:g}" + (f" of {', '.join(grid)}" if grid else "")
+        rows.append([
+            side["name"], describe(losses), tried, f"{side['parameters'] / 1e6:.2f} M",
+            f"{side['algorithmic_flops'] / 1e12:.2f}", f"{side['executed_flops'] / 1e12:.2f}",
+            f"{sum(side['seconds']) / len(side['seconds']):.0f} s", f"`{side['config']}`",
+        ])  # fmt: skip
+    columns = [
+        "side", "test loss", "learning rate", "parameters", "algorithmic TFLOPs of a run",
+        "executed TFLOPs", "time of a run", "config",
+    ]  # fmt: skip
+    return _table(columns, rows)
+
+
+def _provenance(record: Mapping[str, Any]) -> str:
+    seconds = sum(sum(side["seconds"]) for side in record["sides"])
+    seeds = sorted({seed for side in record["sides"] for seed in side["seeds"]})
+    of_runs = (
+        f"Seeds {', '.join(map(str, seeds))}; the runs above took {seconds / 60:.0f} minutes, "
+        f"{record['processes']} at a time; "
+        if seeds
+        else ""
+    )
+    data = f"; {', '.join(record['datasets'])}" if record["datasets"] else ""
+    commits = ", ".join(commit[:12] for commit in record["commits"])
+    return f"{of_runs}{record['hardware']}; commit {commits}{data}.\n\nAlone: `{record['command']}`"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in x) + " |" for x in lines
+    )
+
+
+def _anchor(title: str) -> str:
+    """Of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def _html(markdown: str, output: pathlib.Path) -> str:
+    """One self-contained file: pictures are in it."""
+    body = MarkdownIt().enable("table").render(markdown)
+
+    def embedded(match: re.Match[str]) -> str:
+        data = base64.b64encode((output / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    def identified(match: re.Match[str]) -> str:
+        return f'<h2 id="{_anchor(re.sub("<[^>]+>", "", match[1]))}">{match[1]}</h2>'
+
+    body = re.sub(r'src="([\w.]+\.png)"', embedded, body)
+    body = re.sub(r"<h2>(.*?)</h2>", identified, body)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>Claims of papers, reproduced</title><style>{_STYLE}</style></head>\n"
+        f"<body>\n{body}</body></html>\n"
+    )

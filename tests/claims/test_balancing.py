@@ -1,0 +1,123 @@
+"""Claim 2: what it says of planted effects, and its measurement of a trained run."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from experiments.claims import balancing
+from moe_jax.parallel.mesh import MeshConfig
+from moe_jax.reproduction.claim import Profile
+from moe_jax.reproduction.results import FinishedRun
+from moe_jax.reproduction.verdicts import Verdict, overall
+from moe_jax.routing.token_choice import TopK
+from moe_jax.training import loop
+from moe_jax.training.trained import Trained
+from tests.reproduction.synthetic import synthetic_results
+from tests.tiny import tiny_config
+
+IMBALANCE = {  # Of the sides, as the papers have it.
+    balancing.NO_LOSS: 3.0,
+    balancing.LOSS_MILLI: 1.0,
+    balancing.LOSS: 0.2,
+    balancing.LOSS_TENTH: 0.1,
+    balancing.LOSS_ONE: 0.05,
+    balancing.SIGMOID_NOTHING: 3.0,
+    balancing.SIGMOID_LOSS: 0.7,
+    balancing.BIAS_SLOW: 0.4,
+    balancing.BIAS: 0.1,
+    balancing.BIAS_FAST: 0.2,
+}
+
+
+def planted(effect, profile=Profile.CPU):
+    """A side's imbalance is 3.5 + effect * (the papers' - 3.5), and its loss rises with it.
+
+    So 1 plants the papers' signs, -1 the opposite and 0 noise alone.
+    """
+    rng = np.random.default_rng(0)
+
+    def run(side, seed):
+        violation = 3.5 + effect * (IMBALANCE[side.name] - 3.5) + rng.normal() * 0.01
+        most = (1 + violation) / 8
+        load = [most, *[(1 - most) / 7] * 7]
+        layers = side.config(1e-3, seed).model.moe_layers
+        records = [
+            {"step": step, **{f"router/{layer}/load": load for layer in layers}}
+            for step in range(20, 820, 20)
+        ]
+        balance = {
+            "max_violation_global": violation,
+            "load_cv": violation / 2,
+            "importance_cv": violation / 3,
+            "dead_experts": 0.0,
+            "dropped": 0.1,
+        }
+        measured = {"test": {"eval/loss": 2 + 0.1 * violation}, "balance": balance}
+        return FinishedRun(seed, 8e-3, records, measured, None, 1.0)
+
+    return synthetic_results(balancing.CLAIM, run, profile)
+
+
+@pytest.mark.parametrize(("effect", "verdict"), [(1, "reproduced"), (-1, "contradicted")])
+def test_a_planted_effect_is_found(effect, verdict):
+    found = balancing.findings(planted(effect))
+    assert {finding.verdict for finding in found} == {verdict}
+    assert overall(found) == verdict
+
+
+def test_noise_is_no_effect():
+    assert overall(balancing.findings(planted(0))) != Verdict.REPRODUCED
+
+
+def test_runs_that_diverged_count_as_worst():
+    results = planted(1)
+    results[balancing.NO_LOSS].runs[:] = [
+        FinishedRun(seed, 8e-3, [], {}, diverged_at=3, seconds=1.0) for seed in range(3)
+    ]
+    assert overall(balancing.findings(results)) == Verdict.REPRODUCED
+    row = next(r for r in balancing.table(results).rows if r[0] == balancing.NO_LOSS)
+    assert row[1] == row[2] == "3 of 3 seeds diverged"
+
+
+def test_statistics_of_loads():
+    loads = np.array([[0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]])
+    np.testing.assert_allclose(balancing.violation_of_load(loads), [1, 0])
+    np.testing.assert_array_equal(balancing.dead_of_load(loads), [2, 0])
+
+
+def test_the_table_has_no_empty_cell():
+    made = balancing.table(planted(1))
+    assert {len(row) for row in made.rows} == {len(made.columns)}
+    assert all(cell for row in made.rows for cell in row)
+
+
+def test_the_picture(tmp_path):
+    figure = Figure(layout="constrained")
+    balancing.draw(planted(1), figure)
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("profile", Profile)
+def test_configs_are_valid(profile):
+    for side in balancing.sides(profile):
+        side.config(1e-3, 0).validate()
+
+
+def test_what_is_measured_is_the_load_of_the_test_split(data_dir, tmp_path):
+    config = dataclasses.replace(tiny_config(data_dir), steps=4, mesh=MeshConfig())
+    config.model.moe.router = TopK()
+    loop.train(config, tmp_path)
+    measure = pickle.loads(pickle.dumps(balancing.BALANCE)).measure
+    balance = measure(Trained.load(tmp_path))
+    assert 0 < balance["max_violation_global"] <= 3
+    assert 0 < balance["load_cv"] <= balance["max_violation_global"] * 3**0.5
+    assert 0 <= balance["dead_experts"] < 4 and 0 <= balance["dropped"] < 1
+    record = loop.metrics.read(tmp_path)[-1]
+    run = FinishedRun(0, 1e-2, [record], {}, None, 1.0)
+    steps, violations = balancing.over_training(run, [1], balancing.violation_of_load)
+    assert steps.tolist() == [4]
+    assert violations[0] == pytest.approx(record["router/1/max_over_mean_load"] - 1, rel=1e-5)

@@ -1,0 +1,110 @@
+"""Tiny runs with a planted effect: verdicts, a suite that is killed, a run that fails."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def start(data_dir: str, workdir: pathlib.Path, *words: str) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }
+    command = [sys.executable, str(ROOT / "tests/reproduction/planted.py"), data_dir, str(workdir)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*command, *words], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def finished_runs(workdir: pathlib.Path) -> dict[pathlib.Path, int]:
+    """metrics.jsonl of each run that was measured, with the time of its last change."""
+    runs = [path.parents[1] for path in workdir.glob("runs/*/measured/test.json")]
+    return {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in runs}
+
+
+@pytest.fixture(scope="module")
+def suites(data_dir, tmp_path_factory):
+    """A suite that is killed after its first finished runs, then one that goes on and has a failure."""
+    workdir = tmp_path_factory.mktemp("suite")
+    killed = start(data_dir, workdir)
+    deadline = time.time() + 300
+    while not finished_runs(workdir) and time.time() < deadline:
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.1)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    before = finished_runs(workdir)
+    broken = start(data_dir, workdir, "broken").communicate(timeout=400)
+    continued = start(data_dir, workdir)
+    out, err = continued.communicate(timeout=400)
+    assert continued.returncode == 0, err
+    return workdir, before, broken, out
+
+
+def test_verdicts(suites):
+    workdir, *_ = suites
+    record = json.loads((workdir / "report/planted.json").read_text())
+    found = {finding["statement"]: finding["verdict"] for finding in record["findings"]}
+    assert found == {
+        "planted": "reproduced", "reversed": "contradicted", "null": "not resolved"
+    }  # fmt: skip
+    assert record["verdict"] == "contradicted"
+
+
+def test_the_better_learning_rate_is_chosen(suites):
+    workdir, *_ = suites
+    record = json.loads((workdir / "report/planted.json").read_text())
+    side = next(side for side in record["sides"] if side["name"] == "learns")
+    grid = side["validation_loss_by_learning_rate"]
+    assert side["learning_rate"] == 1e-2
+    assert grid["0.01"] < grid["0.0001"]
+
+
+def test_finished_runs_are_not_repeated(suites):
+    workdir, before, *_ = suites
+    after = finished_runs(workdir)
+    assert before and before.items() <= after.items()
+    assert len(after) == 6
+
+
+def test_no_run_is_left_over_or_damaged_by_the_kill(suites):
+    workdir, *_ = suites
+    for path in workdir.glob("runs/*/metrics.jsonl"):
+        steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        assert steps == sorted(set(steps)), path
+
+
+def test_a_failing_run_is_named_and_stops_no_other(suites):
+    _, _, (out, err), _ = suites
+    assert out.count("planted: broken, rate 0.01, seed") == 3
+    assert "failed: planted: broken" in err
+    assert "the claim is not finished" in err
+
+
+def test_the_report_has_everything(suites):
+    workdir, *_ = suites
+    markdown = (workdir / "report/report.md").read_text()
+    for part in (
+        "**Contradicted.**",
+        "![Learning",
+        "planted.png",
+        "python_library",
+        "0.0001, 0.01",
+    ):
+        assert part in markdown, part
+    html = (workdir / "report/report.html").read_text()
+    assert 'src="data:image/png;base64,' in html
+    assert "<table>" in html and 'src="planted.png"' not in html
+    assert 'href="#learning-lowers-the-loss"' in html and 'id="learning-lowers-the-loss"' in html
