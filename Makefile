@@ -2,6 +2,7 @@
 # that has Python >= 3.11 (with venv) and a package index.
 #
 #   make quickstart                 install, then train the MoE and its dense twin on real text
+#   make reproduce                  claims of papers, each brought to a verdict: hours, resumable
 #   make test                       install the test extra, then ruff, mypy and every unmarked test
 #   make test PYTHON=python3.12     the same in an environment of that interpreter's own
 #   make test-slow                  the tests marked `slow` (random kills over a long run)
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 # A constraints file pins every version and leaves the choice of extras to setup.py.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requirements.lock
 
-.PHONY: install install-test quickstart test test-slow test-layouts test-routers test-all-routers test-parity test-tpu test-pods lint lock clean
+.PHONY: install install-test quickstart reproduce test test-slow test-layouts test-routers test-all-routers test-parity test-tpu test-pods lint lock clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -44,6 +45,11 @@ install-test: $(VENV)/.installed-test
 
 quickstart: install
 	$(BIN)/python experiments/quickstart.py --workdir=$(WORKDIR)
+
+# Both can be interrupted; prepared datasets are kept, and so are finished runs.
+reproduce: install
+	$(foreach dataset,debian_text fashion_mnist glyphs,$(BIN)/python experiments/prepare_data.py --dataset=$(dataset) &&) true
+	$(BIN)/python experiments/reproduce.py
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ setup(
         "array_record",
         "etils[epath]",
         "flax>=0.12.8",
+        "fonttools",
         "grain>=0.2.18",
         "importlib_resources",  # Imported by tensorflow-datasets, which does not ask for it.
         "jax>=0.10.2",

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.claims import _text
-from moe_jax.analysis.figures import DENSE, NEUTRAL, SPARSE
+from moe_jax.analysis.figures import DENSE, SPARSE
 from moe_jax.reproduction.claim import TEST, Claim, Measurement, Profile, Side, Table
 from moe_jax.reproduction.results import FinishedRun, Results, SideResult
 from moe_jax.reproduction.verdicts import Finding, compare, describe
@@ -302,9 +302,10 @@ def _draw_violations(axes: Axes, results: Results, names: Sequence[str], title: 
 def _draw_dead(axes: Axes, results: Results) -> None:
     names = (NO_LOSS, LOSS, SIGMOID_NOTHING, BIAS)
     _draw_over_training(axes, results, names, dead_of_load)
+    axes.set_ylim(-0.1, 8)  # All experts of a layer.
     axes.set(
         xlabel="step",
-        ylabel="experts of a layer without a token",
+        ylabel="experts without a token (of 8)",
         title="Dead experts in batches\n(means of seeds)",
     )
     axes.legend(fontsize=7)
@@ -381,23 +382,18 @@ def _draw_papers(axes: Axes) -> None:
         axes.plot(
             violations,
             losses,
-            printed.marker,
+            printed.marker + ":",
             color=printed.color,
             markersize=5,
-            label=printed.label,
+            label=f"{printed.label}: {', '.join(printed.points)}",
         )
-        for name, x, y in zip(printed.points, violations, losses, strict=True):
-            axes.annotate(
-                name, (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7, color=NEUTRAL
-            )
     axes.set_xscale("log")
-    axes.margins(x=0.2, y=0.12)
     axes.set(
         xlabel="MaxViolation",
         ylabel="loss above the paper's best (nats)",
-        title="What the papers print",
+        title="What the papers print\n(points from right to left as named)",
     )
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=6, loc="upper left")
 
 
 CLAIM = Claim(

@@ -52,9 +52,9 @@ the same grid. Unlike the papers' models these are small and see few tokens, eac
 profile has experts, and gates are multiplied by E. The step speed-up is the steps of the dense twin
 over the steps after which a model has the validation loss that the dense twin of the same seed ends
 with: between two evaluations the loss is taken to be linear in the logarithm of the step, and a model
-that never has that loss counts as 0. The learning rate decays to the end of a run, so that a model
-on its way is not at its best, where Switch's schedule is the same for any length: the speed-up is
-rather too small. The slope is that of a straight line through the six test losses of a seed against
+that never has that loss counts as 0. The learning rate falls by a cosine until the end of a run, so
+that a model on its way is not at its best, where the inverse square root that Switch uses is the same
+for any length: the speed-up is rather too small. The slope is that of a straight line through the six test losses of a seed against
 log2 E, with the dense twin at E = 1.
 """
 

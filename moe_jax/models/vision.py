@@ -227,6 +227,28 @@ class Vision(nnx.Module):
         Raises:
           UserError: the images have another size.
         """
+        pooled, reports = self.features(images, mask, mode, key)
+        with jax.named_scope("logits"):
+            return self.head(pooled), reports
+
+    def features(
+        self,
+        images: jax.Array,
+        mask: jax.Array | None,
+        mode: Mode,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[MoEReport]]:
+        """What the head classifies: the pooled vectors, after the layer `pre_logits` if there is one.
+
+        Args:
+          images, mask, mode, key: see `__call__`.
+
+        Returns:
+          [B, d] in the model's dtype; the MoE layers' reports.
+
+        Raises:
+          UserError: the images have another size.
+        """
         config: VisionConfig = self.config
         size = (config.image_size, config.image_size, config.channels)
         if images.shape[1:] != size:
@@ -245,7 +267,7 @@ class Vision(nnx.Module):
         with jax.named_scope("logits"):
             if self.pre_logits is not None:
                 pooled = jnp.tanh(self.pre_logits(pooled)).astype(x.dtype)
-            return self.head(pooled), reports
+        return pooled, reports
 
     def token_info(self, count: int, mask: jax.Array | None) -> TokenInfo:
         """[B, L] of each; ids are 0, because patches have none.

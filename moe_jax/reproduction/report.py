@@ -153,7 +153,14 @@ def _section(record: Mapping[str, Any]) -> str:
 
 def _findings(findings: Sequence[Mapping[str, str]]) -> str:
     rows = [
-        [f["statement"], f["paper"], f["ours"], f"**{f['verdict']}**", f["needs"]] for f in findings
+        [
+            f["statement"],
+            f["paper"],
+            f["ours"],
+            f"**{f['verdict']}**" + ("" if f["decisive"] else " (aside)"),
+            f["needs"],
+        ]
+        for f in findings
     ]
     return _table(["statement", "paper", "here", "verdict", "would be resolved by"], rows)
 

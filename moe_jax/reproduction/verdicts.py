@@ -36,6 +36,8 @@ class Finding:
       ours: the same in our figures.
       verdict: see `Verdict`.
       needs: for "not resolved", what would resolve it; empty otherwise.
+      decisive: whether the claim's verdict depends on it. Not so where the literature is divided, or
+        the paper itself calls the effect small.
     """
 
     statement: str
@@ -43,6 +45,7 @@ class Finding:
     ours: str
     verdict: Verdict
     needs: str = ""
+    decisive: bool = True
 
 
 def compare(
@@ -53,6 +56,7 @@ def compare(
     *,
     unit: str = "",
     margin: float = 0.0,
+    decisive: bool = True,
 ) -> Finding:
     """Judges "the first is larger than the second" by the means over seeds.
 
@@ -61,7 +65,7 @@ def compare(
     seeds are too few to trust how they are correlated.
 
     Args:
-      statement, paper: see `Finding`.
+      statement, paper, decisive: see `Finding`.
       larger: value of each seed of what the claim says is larger. A value that is infinite, such as
         the loss of a run that diverged, is larger than all finite ones.
       smaller: of what it says is smaller; one value for a constant.
@@ -76,16 +80,18 @@ def compare(
         raise ValueError(f"{statement}: samples are {larger} and {smaller}; each needs numbers.")
     shown = f"{describe(first)} against {describe(second)} {unit}".rstrip()
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        return _by_rank(statement, paper, first, second, shown)
+        verdict = _by_rank(first, second)
+        needs = "runs that do not diverge" if verdict == Verdict.NOT_RESOLVED else ""
+        return Finding(statement, paper, shown, verdict, needs, decisive)
     difference = float(first.mean() - second.mean())
     error = math.hypot(standard_error(first), standard_error(second))
     threshold = max(STANDARD_ERRORS * error, margin)
     shown += f": difference {difference:.3g} ± {error:.2g}"
     if abs(difference) > threshold:
         verdict = Verdict.REPRODUCED if difference > 0 else Verdict.CONTRADICTED
-        return Finding(statement, paper, shown, verdict)
+        return Finding(statement, paper, shown, verdict, decisive=decisive)
     needs = _needs(difference, first, second, margin)
-    return Finding(statement, paper, shown, Verdict.NOT_RESOLVED, needs)
+    return Finding(statement, paper, shown, Verdict.NOT_RESOLVED, needs, decisive)
 
 
 def agree(
@@ -113,8 +119,8 @@ def agree(
 
 
 def overall(findings: Sequence[Finding]) -> Verdict:
-    """Of a claim: contradicted if a finding is, reproduced if all are, else not resolved."""
-    verdicts = {finding.verdict for finding in findings}
+    """Of a claim by its decisive findings: contradicted if one is, reproduced if all are."""
+    verdicts = {finding.verdict for finding in findings if finding.decisive}
     if Verdict.CONTRADICTED in verdicts:
         return Verdict.CONTRADICTED
     return Verdict.REPRODUCED if verdicts == {Verdict.REPRODUCED} else Verdict.NOT_RESOLVED
@@ -136,15 +142,11 @@ def describe(sample: Sequence[float] | np.ndarray) -> str:
     return f"{values.mean():.4g} ± {standard_error(values):.2g} ({values.size} seeds)"
 
 
-def _by_rank(
-    statement: str, paper: str, first: np.ndarray, second: np.ndarray, shown: str
-) -> Finding:
+def _by_rank(first: np.ndarray, second: np.ndarray) -> Verdict:
     """Where some values are infinite, only samples that do not overlap are told apart."""
     if first.min() > second.max():
-        return Finding(statement, paper, shown, Verdict.REPRODUCED)
-    if first.max() < second.min():
-        return Finding(statement, paper, shown, Verdict.CONTRADICTED)
-    return Finding(statement, paper, shown, Verdict.NOT_RESOLVED, "runs that do not diverge")
+        return Verdict.REPRODUCED
+    return Verdict.CONTRADICTED if first.max() < second.min() else Verdict.NOT_RESOLVED
 
 
 def _needs(difference: float, first: np.ndarray, second: np.ndarray, margin: float) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -40,14 +41,17 @@ def initial_state(
 ) -> TrainState:
     """Draws parameters; the numbers depend on the seed and not on the mesh."""
 
-    def create() -> TrainState:
-        model = model_config.build(jax.random.fold_in(jax.random.key(seed), 0))
+    # The key is an argument, so that runs of all seeds share the compiled program.
+    def create(key_data: jax.Array) -> TrainState:
+        key = jax.random.wrap_key_data(key_data)
+        model = model_config.build(jax.random.fold_in(key, 0))
         parameters, variables = numbers_of(model)
         return TrainState(
             jnp.zeros((), jnp.int32), parameters, variables, optimizer.init(parameters)
         )
 
-    return jax.jit(create, out_shardings=shardings)()
+    key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
+    return jax.jit(create, out_shardings=shardings)(key_data)
 
 
 def state_shapes(

@@ -89,6 +89,8 @@ def test_overall():
     assert of(Verdict.REPRODUCED, Verdict.REPRODUCED) == Verdict.REPRODUCED
     assert of(Verdict.REPRODUCED, Verdict.NOT_RESOLVED) == Verdict.NOT_RESOLVED
     assert of(Verdict.NOT_RESOLVED, Verdict.CONTRADICTED) == Verdict.CONTRADICTED
+    aside = compare("", "", [1.0, 1.0], [2.0, 2.0], decisive=False)
+    assert overall([aside, Finding("", "", "", Verdict.REPRODUCED)]) == Verdict.REPRODUCED
 
 
 def test_described():

@@ -136,7 +136,7 @@ def drawn(letter: str, font: ImageFont.FreeTypeFont, side: int, seed: bytes) -> 
 
 
 class Glyphs(LabelledImagesBuilder):
-    """528 letters of 12 scripts to train on and 182 of 5 others for few-shot classification.
+    """520 letters of 12 scripts to train on and 191 of 5 others for few-shot classification.
 
     Splits: `train`, `validation` and `test` have all letters of the training scripts, in different
     styles; `few_shot` and `few_shot_test` those of the other scripts, in different styles.
