@@ -27,14 +27,15 @@ def draw_training(
             axes.plot(steps, losses, color=colors[name], linewidth=0.8, alpha=0.7, label=label)
     _, top = axes.get_ylim()
     axes.set_ylim(top=min(top, LARGEST_SHOWN))
-    axes.set(xlabel="step", ylabel="training loss (nats per byte)", title=title)
+    axes.set(xlabel="step", ylabel="training loss (nats per byte)")
+    axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
 
 
 def draw_samples(
     axes: Axes, samples: Mapping[str, Sequence[float]], colors: Mapping[str, str], label: str
 ) -> None:
-    """A point for each seed, beside their mean with one standard deviation; a note of the others."""
+    """A point for each seed, beside their mean with one standard deviation; how many others."""
     for place, (name, sample) in enumerate(samples.items()):
         finite = [value for value in sample if math.isfinite(value)]
         points = [place - 0.12] * len(finite)
@@ -44,7 +45,7 @@ def draw_samples(
             draw_mean(axes, place + 0.12, float(mean), float(deviation), colors[name])
         if len(finite) < len(sample):
             axes.annotate(
-                f"{len(sample) - len(finite)} of {len(sample)}\ndiverged", (place, 0.9),
+                f"{len(sample) - len(finite)} of {len(sample)}\nnot finite", (place, 0.96),
                 xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=8,
             )  # fmt: skip
     axes.set_xticks(range(len(samples)), list(samples))

@@ -233,8 +233,10 @@ def _labels(dataset: OpenedDataset, config: ImageData) -> np.ndarray:
     skip = {config.image_feature: tfds.decode.SkipDecoding()}
     examples: Any = dataset.examples
     undecoded = dataclasses.replace(examples, decoders=skip)
-    labels = [undecoded[number][config.label_feature] for number in range(len(examples))]
-    return np.array(labels, np.int64)
+    numbers = range(len(examples))
+    # Many records at a time: one by one, those of 55,000 images take three times as long.
+    parts = (undecoded.__getitems__(numbers[i : i + 4096]) for i in numbers[::4096])
+    return np.array([example[config.label_feature] for part in parts for example in part], np.int64)
 
 
 def _by_domain(

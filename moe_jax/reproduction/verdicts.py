@@ -136,7 +136,8 @@ def describe(sample: Sequence[float] | np.ndarray) -> str:
     values = np.asarray(sample, np.float64)
     finite = values[np.isfinite(values)]
     if finite.size < values.size:
-        return f"{values.size - finite.size} of {values.size} seeds diverged"
+        others = f", the others {describe(finite)}" if finite.size else ""
+        return f"{values.size - finite.size} of {values.size} seeds diverged{others}"
     if values.size == 1:
         return f"{values[0]:.4g}"
     return f"{values.mean():.4g} ± {standard_error(values):.2g} ({values.size} seeds)"

@@ -84,9 +84,8 @@ class LabelledImagesBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         splits, packages = self.collect(pathlib.Path(dl_manager.download_dir) / self.name)
-        counts = sum(
-            np.bincount(split.labels, minlength=len(self.CLASSES)) for split in splits.values()
-        )
+        labels = np.concatenate([split.labels for split in splits.values()])
+        counts = np.bincount(labels, minlength=len(self.CLASSES))
         sizes = {
             name: {"bytes": int(self.SIDE**2 * count), "documents": int(count)}
             for name, count in zip(self.CLASSES, counts, strict=True)
