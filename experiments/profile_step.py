@@ -117,14 +117,14 @@ def _profile(run: Run, output: epath.Path) -> StepProfile:
     with jax.set_mesh(run.mesh):
         state = run.initial_state()
         print("compiling", file=sys.stderr)
-        signals = signals_of(run.mesh, 0)
-        compiled = run.train_step.lower(state, batches[0], signals).compile()
+        rest = (signals_of(run.mesh, 0), run.noise_key_data)
+        compiled = run.train_step.lower(state, batches[0], *rest).compile()
 
         def steps(state: Any) -> tuple[Any, float]:
             start = time.perf_counter()
             for number, batch in enumerate(batches):
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                    state, metrics = compiled(state, batch, signals)
+                    state, metrics = compiled(state, batch, *rest)
                     jax.block_until_ready((state, metrics))
             return state, (time.perf_counter() - start) / len(batches)
 

@@ -53,6 +53,8 @@ TABLE_3 = {
     "RL-R": Law(-0.083, -0.126, 0.012, 1.111, 1.880, 469.982),
     "Hash": Law(-0.087, -0.136, 0.012, 1.157, 4.175, 477.741),
 }
+CUTOFFS = {"S-Base": 937, "RL-R": 85, "Hash": 83}
+"""Of the paper, in billions of parameters; Table 3's three decimals are too few to compute them."""
 HALF_A_DIGIT = 0.0005
 """All of Table 3 is printed to three decimals."""
 
@@ -138,7 +140,7 @@ class Refit:
 
     Attributes:
       law: the fit.
-      low, high: name of a coefficient -> ends of its 95% interval.
+      low, high: name of a coefficient, or "cutoff" -> ends of its 95% interval.
       error: root mean square error of log10 L.
     """
 
@@ -155,10 +157,10 @@ class Refit:
 def refit(models: Models, fit: Callable[[Models], Law]) -> Refit:
     """Fits a law, and again to resampled models."""
     law = fit(models)
-    samples = [coefficients(x) for x in bootstrap(models, fit, SAMPLES, np.random.default_rng(0))]
+    samples = [_numbers(x) for x in bootstrap(models, fit, SAMPLES, np.random.default_rng(0))]
     ends = {
-        name: np.quantile([sample[name] for sample in samples], [0.025, 0.975])
-        for name in coefficients(law)
+        name: np.quantile([x[name] for x in samples], [0.025, 0.975], method="nearest")
+        for name in _numbers(law)
     }
     low, high = ({name: float(end[i]) for name, end in ends.items()} for i in (0, 1))
     return Refit(law, low, high, law.error(models))
@@ -170,6 +172,10 @@ def coefficients(law: Law) -> dict[str, float]:
     if math.isfinite(law.E_max):
         found |= {"log2 E_start": math.log2(law.E_start), "log2 E_max": math.log2(law.E_max)}
     return found
+
+
+def _numbers(law: Law) -> dict[str, float]:
+    return {**coefficients(law), "cutoff": law.cutoff()}
 
 
 @functools.cache
@@ -262,7 +268,7 @@ def table(results: Results) -> Table:
     for router, law in TABLE_3.items():
         numbers = [f"{x:.3f}" for x in dataclasses.astuple(law)]
         error = f"{law.error(models[router]):.4f}" if models else "-"
-        rows.append([router, "Table 3", *numbers, f"{law.cutoff() / 1e9:.0f}, as rounded", error])
+        rows.append([router, "Table 3", *numbers, str(CUTOFFS[router]), error])
         for (name, fit), ours in refits().items():
             if name == router:
                 rows.append([router, f"refit, {fit}", *_cells(ours)])
@@ -275,13 +281,14 @@ def _cells(ours: Refit) -> list[str]:
     def cell(name: str, digits: int = 4, power: Callable[[float], float] = lambda x: x) -> str:
         if name not in ours.low:
             return "-"
-        ends = (coefficients(ours.law)[name], ours.low[name], ours.high[name])
+        ends = (_numbers(ours.law)[name], ours.low[name], ours.high[name])
         value, low, high = (f"{power(x):.{digits}f}" for x in ends)
         return f"{value} [{low}, {high}]"
 
     linear = [cell(name) for name in "abcd"]
     saturation = [cell("log2 E_start", 2, math.exp2), cell("log2 E_max", 0, math.exp2)]
-    return [*linear, *saturation, f"{ours.law.cutoff() / 1e9:.0f}", f"{ours.error:.4f}"]
+    cutoff = cell("cutoff", 0, lambda N: N / 1e9)
+    return [*linear, *saturation, cutoff, f"{ours.error:.4f}"]
 
 
 def draw(results: Results, figure: Figure) -> None:
@@ -311,7 +318,8 @@ def _draw_experts(axes: Axes, router: str, models: Models | None, law: Law | Non
     axes.set_title(f"{router}: models and refit")
     axes.set_ylabel("validation loss (nats per token)")
     _log_axes(axes, "experts E", [1, 2, 4, 8, 16, 32, 64, 128, 256, 512], [2, 2.4, 2.8, 3.2])
-    axes.legend(fontsize=7, ncols=2)
+    axes.set_ylim(1.7, 3.3)  # The legend is below the lines.
+    axes.legend(fontsize=8, ncols=3, loc="lower center")
 
 
 def _draw_sizes(axes: Axes, models: Models | None, law: Law) -> None:
@@ -358,11 +366,11 @@ def _draw_coefficients(axes: Axes, fits: Mapping[tuple[str, str], Refit]) -> Non
             axes.plot(value, y, "o", color=color, markersize=4, label=label)
     axes.axvline(0, color=NEUTRAL, linestyle=":", linewidth=1)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
     axes.set_xlabel("refit less Table 3 (standard errors)")
     axes.set_title("Coefficients with 95% intervals")
     if fits:
-        axes.legend(fontsize=8)
+        axes.set_ylim(len(names) + 0.4, -0.6)  # The legend is below them.
+        axes.legend(fontsize=8, ncols=3, loc="lower center")
 
 
 def _draw_ours(axes: Axes, results: Results, models: Models | None) -> None:
@@ -372,7 +380,7 @@ def _draw_ours(axes: Axes, results: Results, models: Models | None) -> None:
         if found is None or not (found.E == 1).any():
             continue  # The dense model of 130M has other seeds.
         order = np.argsort(found.E)
-        loss = found.loss[order] / found.loss[found.E == 1]
+        loss = found.loss[order] / found.loss[found.E == 1].mean()
         axes.plot(found.E[order], loss, "o-", color=COLORS[size], markersize=2, linewidth=0.8)
         axes.annotate(size, (512, loss[-1]), xytext=(3, 0), textcoords="offset points", fontsize=7)
     dense = float(np.mean(results[more_experts.side_name(1)].test_losses))
@@ -384,7 +392,7 @@ def _draw_ours(axes: Axes, results: Results, models: Models | None) -> None:
     axes.set_xlim(0.8, 1100)
     axes.set_xticks([1, 8, 64, 512], ["1", "8", "64", "512"])
     axes.set(xlabel="experts E (1: dense)", ylabel="loss / loss of the dense model")
-    axes.set_title("S-Base by size, and claim more_experts")
+    axes.set_title("S-Base by size, and ours")
     axes.legend(fontsize=8)
 
 

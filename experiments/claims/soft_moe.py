@@ -38,7 +38,7 @@ slot for each, as in the paper."""
 IMAGES_PER_GROUP = 8
 """That compete for slots under token and expert choice."""
 
-CLASSES = 710
+CLASSES = 711
 """Letters of the training scripts and of those held out for few-shot classification."""
 
 DENSE_TWIN, TOKEN_CHOICE, EXPERT_CHOICE, SOFT = "dense", "token choice", "expert choice", "Soft MoE"
@@ -77,7 +77,7 @@ letters of five other scripts, as in the papers' protocol. Experts replace the f
 last half of the blocks, with as many slots as patches, so that all sides compute the same apart from
 routing. Token choice is V-MoE's with k = 1, a capacity factor of 1 and batch priority; expert choice has
 1 expert per token on average; groups of both are {IMAGES_PER_GROUP} images, Soft MoE's is one. Differences:
-16 patches of 7 x 7 pixels on a CPU (paper: 196 or more), no JFT or ImageNet, and a 710-way softmax
+16 patches of 7 x 7 pixels on a CPU (paper: 196 or more), no JFT or ImageNet, and a 711-way softmax
 in place of sigmoids. Gates of token and expert choice are softmax probabilities, as in their papers;
 with 16 experts an expert's output so starts small, and the sides have their own learning rates.
 OLMoE's dissent is about text: there token choice without drops beats expert choice (its Figure 7).

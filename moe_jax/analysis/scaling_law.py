@@ -16,7 +16,7 @@ import numpy as np
 from scipy import optimize
 
 _STARTS = ((0.5, 8.0), (2.0, 8.0), (2.0, 12.0))
-_BOUNDS = ((0.0, 6.0), (5.0, 16.0))
+_BOUNDS = ((0.0, 5.0), (5.5, 16.0))
 """Lowest and highest log2 of E_start and E_max. Some resampled data show no saturation at all."""
 
 
@@ -109,8 +109,8 @@ def slope(models: Models) -> float:
 
 def _fit_linear(models: Models, E_start: float, E_max: float) -> Law:
     terms = _terms(models.N, saturated(models.E, E_start, E_max))
-    solution, *_ = np.linalg.lstsq(terms, np.log10(models.loss), rcond=None)
-    return Law(*solution.tolist(), float(E_start), float(E_max))
+    a, b, c, d = np.linalg.lstsq(terms, np.log10(models.loss), rcond=None)[0].tolist()
+    return Law(a, b, c, d, float(E_start), float(E_max))
 
 
 def _terms(N: np.ndarray, E: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ def _train_and_measure(folder: RunFolder, measurements: Sequence[Measurement]) -
     if not folder.trained:
         try:
             loop.train(folder.config, folder.path)
-        except loop.Diverged as diverged:
+        except loop.DivergedError as diverged:
             print(diverged)
             folder.diverged(diverged.step)
     missing = folder.missing(measurements)

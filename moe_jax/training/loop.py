@@ -42,7 +42,7 @@ from moe_jax.training.state import (
     state_shapes,
     state_shardings,
 )
-from moe_jax.training.step import evaluation_step, train_step
+from moe_jax.training.step import evaluation_step, noise_key, train_step
 from moe_jax.training.traced_steps import StepTracer
 
 _LOG = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Interrupted(Exception):  # noqa: N818 - it is no error.
         self.signal_number = signal_number
 
 
-class Diverged(UserError):
+class DivergedError(UserError):
     """The loss or a gradient was not finite at `step`."""
 
     def __init__(self, message: str, step: int) -> None:
@@ -117,27 +117,37 @@ class Run:
 
     @functools.cached_property
     def train_step(self) -> Any:
-        """The jitted step (state, batch, signals) -> (state, metrics), which takes over the state.
+        """The jitted step (state, batch, signals, key data) -> (state, metrics).
 
-        `signals` are those of `signals_of`; metrics are whole on every device.
+        It takes over the state. `signals` are those of `signals_of`, the key data `noise_key_data`;
+        metrics are whole on every device.
         """
         config = self.config
         one_step = train_step(
             self.definition,
             config.task,
             self.optimizer,
-            config.seed,
             config.skip_nonfinite,
             config.microbatches,
         )
 
-        def step(state: TrainState, batch: Batch, signals: jax.Array) -> tuple[TrainState, Any]:
-            state, step_metrics = one_step(state, batch)
+        def step(
+            state: TrainState, batch: Batch, signals: jax.Array, key_data: jax.Array
+        ) -> tuple[TrainState, Any]:
+            state, step_metrics = one_step(state, batch, jax.random.wrap_key_data(key_data))
             return state, {**step_metrics, "signal": signals.max()}
 
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, _whole(self.mesh)))
 
-    def abstract_arguments(self) -> tuple[TrainState, dict[str, Any], jax.ShapeDtypeStruct]:
+    @functools.cached_property
+    def noise_key_data(self) -> jax.Array:
+        """uint32, of the key of dropout and router noise."""
+        data = np.asarray(jax.random.key_data(noise_key(self.config.seed)))
+        return jax.make_array_from_callback(data.shape, _whole(self.mesh), lambda _: data)
+
+    def abstract_arguments(
+        self,
+    ) -> tuple[TrainState, dict[str, Any], jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """What `train_step` is called with: shapes and shardings in place of arrays."""
         rows = NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES))
         batch = {
@@ -147,7 +157,9 @@ class Run:
         signals = jax.ShapeDtypeStruct(
             (self.mesh.size,), np.int32, sharding=NamedSharding(self.mesh, PartitionSpec(AXES))
         )
-        return abstract_state(self.shapes, self.shardings), batch, signals
+        key_data = jax.eval_shape(lambda: jax.random.key_data(noise_key(0)))
+        key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=_whole(self.mesh))
+        return abstract_state(self.shapes, self.shardings), batch, signals, key_data
 
     def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
         """The state of a checkpoint, laid out for this run's mesh."""
@@ -226,7 +238,7 @@ def train(
 
     Raises:
       UserError: the config cannot work, or `workdir` holds another run or only damaged checkpoints.
-      Diverged: the loss or a gradient is not finite.
+      DivergedError: the loss or a gradient is not finite.
       Interrupted: SIGTERM or SIGINT came; the state was saved.
     """
     run = Run.build(config)
@@ -376,7 +388,9 @@ class _Loop:
                     clock.before_call()
                     signals = self.signals(received[0] if received else 0)
                     with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                        state, step_metrics = self.run.train_step(state, batch, signals)
+                        state, step_metrics = self.run.train_step(
+                            state, batch, signals, self.run.noise_key_data
+                        )
                     clock.after_call()
                     if tracer.after(step, step_metrics):
                         clock.restart()
@@ -449,7 +463,7 @@ class _Loop:
             jax.device_get(step_metrics), self.run.config.model.moe_layers
         )
         shown = {name: value for name, value in record.items() if not isinstance(value, list)}
-        raise Diverged(
+        raise DivergedError(
             f"step {step}: the loss or a gradient is not finite ({json.dumps(shown)}); the last "
             f"good checkpoint is step {self.last_good} in {self.workdir / 'checkpoints'}; lower "
             "optimizer.learning_rate, or set skip_nonfinite=true to drop such updates.",

@@ -12,30 +12,33 @@ from moe_jax.tasks.task import Batch, Sums
 from moe_jax.training.microbatches import mean_gradients, moved_variables
 from moe_jax.training.state import TrainState
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]
 
 
 def train_step(
     definition: ModelDefinition,
     task: Any,
     optimizer: optax.GradientTransformation,
-    seed: int,
     skip_nonfinite: bool,
     microbatches: int = 1,
 ) -> TrainStep:
-    """Makes the step function (state, batch) -> (state, metrics); jit it with donated state.
+    """Makes the step (state, batch, noise key) -> (state, metrics); jit it with donated state.
+
+    The noise key, of dropout and router noise, is folded with the step, so that a resumed run draws the
+    same. It is an argument, so that runs of all seeds share the compiled program.
 
     Args:
       definition: the model.
       task: gives `training_loss(model, batch, key)`.
       optimizer: optax transformation.
-      seed: of dropout and router noise; folded with the step, so a resumed run draws the same.
       skip_nonfinite: keep the old parameters where the loss or a gradient is not finite.
       microbatches: parts in which the batch's gradients are computed; 1 for the batch as a whole.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        key = jax.random.fold_in(noise_key(seed), state.step)
+    def step(
+        state: TrainState, batch: Batch, noise_key: jax.Array
+    ) -> tuple[TrainState, dict[str, Any]]:
+        key = jax.random.fold_in(noise_key, state.step)
 
         def gradients_of(
             parameters: Any, rows: Batch, key: jax.Array

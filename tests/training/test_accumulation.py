@@ -18,7 +18,7 @@ from moe_jax.tasks.language_modeling import LanguageModeling
 from moe_jax.training.microbatches import moe_modules, split_rows
 from moe_jax.training.optimizers import SGD
 from moe_jax.training.state import initial_state, state_shardings
-from moe_jax.training.step import train_step
+from moe_jax.training.step import noise_key, train_step
 
 LENGTH = 8
 
@@ -51,19 +51,20 @@ class Steps:
         definition = ModelDefinition.of(config)
         optimizer = SGD(learning_rate=0.5).build(10, definition.axes)
         shardings = state_shardings(definition, optimizer, self.mesh, fsdp_min_size=1)
-        step = train_step(definition, LanguageModeling(), optimizer, 0, False, microbatches)
+        step = train_step(definition, LanguageModeling(), optimizer, False, microbatches)
         with jax.set_mesh(self.mesh):
             self.state = initial_state(config, optimizer, 0, shardings)
             placement = NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES))
             self.batch = jax.device_put(batch_of(rows), placement)
             jitted = jax.jit(step, out_shardings=(shardings, None))
-            self.compiled = jitted.lower(self.state, self.batch).compile()
+            self.arguments = (self.batch, noise_key(0))
+            self.compiled = jitted.lower(self.state, *self.arguments).compile()
 
     def two(self):
         """(state, metrics of the second step)."""
         with jax.set_mesh(self.mesh):
-            state, _ = self.compiled(self.state, self.batch)
-            return jax.device_get(self.compiled(state, self.batch))
+            state, _ = self.compiled(self.state, *self.arguments)
+            return jax.device_get(self.compiled(state, *self.arguments))
 
 
 def assert_equal_trees(tree, expected, tolerance):
