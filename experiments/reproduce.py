@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Mapping
 
 from absl import flags
 
@@ -57,22 +58,33 @@ def main() -> None:
     every_plan = [plan for its in plans.values() for plan in its]
     failed = suite.run_all(every_plan, processes)
     output = workdir / "report"
-    unfinished = []
+    unreported = {}
     for claim in claims:
         results = suite.results_of(claim, profile, workdir)
         if results is None:
-            unfinished.append(claim.name)
+            unreported[claim.name] = "runs failed"
             continue
         conditions = _conditions(plans[claim.name], profile, processes)
-        report.write_claim(claim, results, conditions, output)
+        try:
+            report.write_claim(claim, results, conditions, output)
+        except UserError as error:  # Of one claim; the others are reported all the same.
+            unreported[claim.name] = str(error)
     print(report.verdict_table(report.write_reports(output)))
     print(f"report.html, report.md and pictures are in {output}, runs in {workdir / 'runs'}")
-    if failed:
-        raise UserError(
-            f"{len(failed)} runs failed ({'; '.join(failed.values())}), so these claims have no "
-            f"verdict: {', '.join(unfinished)}; the logs are {workdir}/runs/*/log.txt, and the same "
-            "command tries again."
-        )
+    if failed or unreported:
+        raise UserError(_complaint(failed, unreported, workdir))
+
+
+def _complaint(
+    failed: Mapping[pathlib.Path, str], unreported: Mapping[str, str], workdir: pathlib.Path
+) -> str:
+    """What failed and which claims have no verdict, in a sentence."""
+    runs = f"{len(failed)} runs failed ({'; '.join(failed.values())}), see " if failed else "see "
+    claims = "; ".join(f"{name} ({reason})" for name, reason in unreported.items())
+    return (
+        f"{runs}{workdir}/runs/*/log.txt; without a verdict are {claims or 'none'}; the same command "
+        "tries again."
+    )
 
 
 def _conditions(plans: list[Plan], profile: Profile, processes: int) -> report.Conditions:
