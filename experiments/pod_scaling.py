@@ -126,7 +126,7 @@ STUDIES = {
         "DeepSeek-V3, batches of 63M tokens (strong scaling)",
         "configs/deepseek_v3/v3.py",
         deepseek_v3,
-        (8, 64, 128, 512, 1024, 4096),
+        (8, 64, 128, 256, 512, 1024, 2048, 4096),
     ),
 }
 

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from moe_jax.analysis.figures import COLLECTIVES, DENSE, NEUTRAL, SPARSE
 
@@ -98,6 +99,9 @@ def _draw_collectives(axes: Axes, fitting: Reports) -> None:
             axes.plot(devices[sent], heights[sent], "o-", color=color, lw=1.2, ms=4, label=kind)
             axes.set_yscale("log")
             axes.legend(fontsize=8)
+    bottom, top = axes.get_ylim()
+    if fitting and top < 100 * bottom:  # Powers of ten alone could be no mark at all.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
 
 
