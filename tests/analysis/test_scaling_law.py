@@ -47,7 +47,9 @@ def test_at_the_cutoff_experts_make_no_difference():
 
 
 @pytest.mark.parametrize(
-    ("law", "fit"), [(BILINEAR, fit_bilinear), (SATURATING, fit_saturating)], ids=str
+    ("law", "fit"),
+    [(BILINEAR, fit_bilinear), (SATURATING, fit_saturating)],
+    ids=["bilinear", "saturating"],
 )
 def test_the_fit_finds_the_law(law, fit):
     found = fit(models_of(law))
