@@ -41,7 +41,7 @@ def test_a_machine_without_layout_needs_a_mesh():
 
 
 def test_changes_are_of_fields_that_exist():
-    with pytest.raises(UserError, match=r"changes model.rematerialize, which is no field"):
+    with pytest.raises(UserError, match=r"a change of model.rematerialize names no field"):
         PodLayout("v5e:2x2", MeshConfig(), {"model.rematerialize": "full"}).apply(
             quickstart.get_config()
         )
