@@ -54,7 +54,7 @@ def main() -> None:
             print(f"{claim.name:20} {left:3} runs left  {claim.title}")
         return
     # A GPU is one machine for one run; of a CPU each run has a core.
-    processes = len(os.sched_getaffinity(0)) if profile == Profile.CPU else 1
+    processes = (os.cpu_count() or 1) if profile == Profile.CPU else 1
     every_plan = [plan for its in plans.values() for plan in its]
     failed = suite.run_all(every_plan, processes)
     output = workdir / "report"

@@ -210,7 +210,8 @@ def _start_what_can_be(
     busy = {working.job.folder.path for working in running.values()} | failed.keys()
     ready = [job for job in jobs_of(plans) if job.folder.path not in busy]
     free = [place for place in range(processes) if place not in running]
-    cores = sorted(os.sched_getaffinity(0))
+    # Only Linux keeps a process on some cores.
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     for place, job in zip(free, ready, strict=False):
         own = cores[place::processes] if processes > 1 else cores
         context = multiprocessing.get_context("spawn")

@@ -29,11 +29,12 @@ def work(folder: RunFolder, measurements: Sequence[Measurement], cores: Sequence
     Args:
       folder: the run; it is continued if it has begun.
       measurements: to be made.
-      cores: of the CPU, on which the process stays.
+      cores: of the CPU, on which the process stays; empty for any.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
     _print_to(folder)
-    os.sched_setaffinity(0, cores)
+    if cores:
+        os.sched_setaffinity(0, cores)
     command_line.keep_compiled_programs()
     _end_with_parent()
     try:

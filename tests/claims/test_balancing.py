@@ -103,12 +103,6 @@ def test_the_picture(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("profile", Profile)
-def test_configs_are_valid(profile):
-    for side in balancing.sides(profile):
-        side.config(1e-3, 0).validate()
-
-
 def test_over_training_is_the_mean_over_layers():
     records = [
         {"step": step, "router/0/load": [1.0, 0.0], "router/1/load": [0.5, 0.5]} for step in (2, 4)

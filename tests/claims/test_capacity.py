@@ -77,12 +77,6 @@ def test_drop_rates_are_of_the_second_half():
     assert capacity.training_drop_rate(run) == pytest.approx(15)
 
 
-@pytest.mark.parametrize("profile", Profile)
-def test_configs_are_valid(profile):
-    for side in capacity.sides(profile):
-        side.config(1e-3, 0).validate()
-
-
 def test_the_default_is_unchanged():
     changes = {side.name: side.changes for side in capacity.sides(Profile.CPU)}
     assert changes["factor 1.25"] == {}

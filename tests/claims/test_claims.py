@@ -26,13 +26,14 @@ def measurements() -> list[Measurement]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("profile", Profile)
-def test_sides_are_told_apart_and_have_three_seeds(name, profile):
+def test_sides_are_valid_and_told_apart_and_have_three_seeds(name, profile):
     claim = claim_of(name)
     assert claim.name == name
     sides = claim.sides(profile)
     assert len({side.name for side in sides}) == len(sides)
     for side in sides:
         assert len(set(side.seeds)) == len(side.seeds) >= 3, side.name
+        side.config(side.learning_rates[0], side.seeds[0]).validate()
 
 
 @pytest.mark.parametrize("name", NAMES)

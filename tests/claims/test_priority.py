@@ -54,12 +54,6 @@ def test_pairs_with_a_diverged_run_are_left_out():
     assert all(cell for row in priority.table(results).rows for cell in row)
 
 
-@pytest.mark.parametrize("profile", Profile)
-def test_configs_are_valid(profile):
-    for side in priority.sides(profile):
-        side.config(1e-3, 0).validate()
-
-
 def test_the_table_has_no_empty_cell():
     made = priority.table(planted(0.05))
     assert {len(row) for row in made.rows} == {len(made.columns)}

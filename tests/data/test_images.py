@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from moe_jax.data.builders.labelled_images import ClassifiedImages
 from moe_jax.data.builders.mnist5k import read_digits, split_by_label
 from moe_jax.data.images import ImageData, fitted
 from moe_jax.errors import UserError
@@ -163,13 +164,13 @@ def test_digits_are_read_and_split_by_their_pixels(tmp_path):
     path.write_bytes(gzip.compress("\n".join(",".join(map(str, row)) for row in rows).encode()))
     images, labels = read_digits(path)
     np.testing.assert_array_equal(images.reshape(40, -1), rows[:, :-1])
-    splits = split_by_label(images, labels)
+    splits = split_by_label(ClassifiedImages(images, labels))
     assert {split: len(indices) for split, indices in splits.items()} == {
         "train": 32, "validation": 4, "test": 4
     }  # fmt: skip
     assert sorted(n for indices in splits.values() for n in indices) == list(range(40))
     order = random.permutation(40)
-    moved = split_by_label(images[order], labels[order])
+    moved = split_by_label(ClassifiedImages(images[order], labels[order]))
     digests = [
         {hashlib.sha256(i[n].tobytes()).digest() for n in s["test"]}
         for i, s in ((images, splits), (images[order], moved))

