@@ -39,12 +39,12 @@ def get_config() -> Experiment:
         experts=model.feed_forward,
     )
     return Experiment(
-        steps=600,
+        steps=500,
         model=model,
         task=ImageClassification(),
         data=ImageData(dataset="fashion_mnist", shift=2, batch_size=64),
         optimizer=AdamW(learning_rate=3e-3, warmup_steps=50),
         logging=Logging(every=20),
-        checkpoint=Checkpointing(every=300, keep=1),
-        evaluation=Evaluation(every=200, batches=64),
+        checkpoint=Checkpointing(every=250, keep=1),
+        evaluation=Evaluation(every=250, batches=64),
     )

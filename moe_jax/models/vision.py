@@ -201,7 +201,7 @@ class Vision(nnx.Module):
         )
         self.head = Linear(
             jnp.zeros((width, classes)),
-            jnp.full(classes, config.head_bias),
+            jnp.full(classes, config.head_bias, jnp.float32),
             ("embed", "classes"),
         )
 
