@@ -79,7 +79,7 @@ def findings(results: Results) -> list[Finding]:
         compare(
             "More seeds diverge with a bfloat16 router than with a float32 router",
             "bfloat16 diverged, selective precision did not (Switch, Table 2; one run each)",
-            narrow.sample(diverged), selective.sample(diverged), unit="of the seeds diverged",
+            narrow.sample(diverged), selective.sample(diverged), unit="as the share that diverged",
         ),
         compare(
             f"Selective precision is no worse than float32: float32's test loss + {TIE:g} is higher",

@@ -52,6 +52,8 @@ class SideResult:
       learning_rate: the chosen one.
       validation: learning rate -> validation loss of the first seed; infinite if it diverged.
       runs: at the chosen rate, in the order of the seeds.
+      seconds: of these runs and of those at the rates that were not chosen, compilation and
+        measurements included.
       parameters: count.
       algorithmic_flops, executed_flops: of training one run.
     """
@@ -61,6 +63,7 @@ class SideResult:
     learning_rate: float
     validation: Mapping[float, float]
     runs: Sequence[FinishedRun]
+    seconds: float
     parameters: int
     algorithmic_flops: float
     executed_flops: float

@@ -112,12 +112,15 @@ class Plan:
         mesh = {axis: getattr(config.mesh, axis) for axis in AXES}
         flops = training_flops(config.model, config.data, platform, mesh)
         grid = self.grid() if len(self.side.learning_rates) > 1 else {}
+        runs = self.runs(rate)
+        trained = {run.path: run for run in (*grid.values(), *runs)}
         return SideResult(
             self.side,
             config,
             rate,
             {x: run.validation_loss for x, run in grid.items()},
-            [run.finished(self.side.measurements) for run in self.runs(rate)],
+            [run.finished(self.side.measurements) for run in runs],
+            sum(run.seconds for run in trained.values()),
             families.account(config.model, config.data).parameters,
             config.steps * flops.algorithmic,
             config.steps * flops.executed,

@@ -19,6 +19,7 @@ def synthetic_results(
             learning_rate=rate,
             validation=dict.fromkeys(side.learning_rates, 1.0),
             runs=[run(side, seed) for seed in side.seeds],
+            seconds=600.0,
             parameters=1000,
             algorithmic_flops=1e12,
             executed_flops=2e12,
