@@ -6,9 +6,11 @@ as large as a dense layer's.
 """
 
 from moe_jax.data.pipelines import TextData
+from moe_jax.dispatch.dropless import Dropless
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.models.stack import ComputeDtype
+from moe_jax.routing.losses import Losses
 from moe_jax.routing.token_choice import TopK
 from moe_jax.training.experiment import Checkpointing, Evaluation, Experiment, Logging
 from moe_jax.training.optimizers import AdamW
@@ -27,7 +29,11 @@ def get_config() -> Experiment:
             moe_every=2,
             max_length=512,
             dtype=ComputeDtype.BFLOAT16,
-            moe=MoEConfig(router=TopK(gate_scale=8), group_size=4096),
+            moe=MoEConfig(
+                router=TopK(losses=Losses(load_balancing=1e-3), gate_scale=4, init_deviation=0.044),
+                dispatch=Dropless(),
+                group_size=4096,
+            ),
         ),
         data=TextData(dataset="debian_text", sequence_length=512, batch_size=128),
         optimizer=AdamW(learning_rate=1e-3, warmup_steps=400),

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from experiments.claims import _text
 from moe_jax.reproduction.results import SideResult
 
 SEEDS = (0, 1, 2, 3, 4)
-EXPERTS = {"model.num_experts": 32, "model.moe.router.gate_scale": 32}
-"""As many as in Switch's Tables 2 and 3; the gates' scale is that of claim more_experts."""
+EXPERTS = {"model.num_experts": 32, "model.moe.router.gate_scale": _text.gate_scale(32)}
+"""As many as in Switch's Tables 2 and 3."""
 
 LARGEST_SHOWN = 8.0
 """Nats per byte; a loss above that of a uniform guess, 5.5, is that of a run out of control."""

@@ -82,7 +82,6 @@ def sides(profile: Profile) -> list[Side]:
         name: {"model.moe.router.losses.load_balancing": coefficient}
         for name, coefficient in COEFFICIENTS.items()
     }
-    changes[LOSS] = {}  # The config's own; other claims share its runs.
     changes |= {
         SIGMOID_NOTHING: {"model.moe.router": _sigmoid()},
         SIGMOID_LOSS: {"model.moe.router": _sigmoid(coefficient=1e-3)},
@@ -91,7 +90,10 @@ def sides(profile: Profile) -> list[Side]:
         BIAS_FAST: {"model.moe.router": _sigmoid(bias_rate=1e-2)},
     }
     measurements = (TEST, BALANCE)
-    return [_text.side(profile, name, changes[name], measurements=measurements) for name in changes]
+    return [
+        _text.side(profile, name, {**_text.LIMITED, **changes[name]}, measurements=measurements)
+        for name in changes
+    ]
 
 
 def _sigmoid(coefficient: float = 0.0, bias_rate: float = 0.0) -> DeepSeekV3:

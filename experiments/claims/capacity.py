@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from experiments.claims import _text
 from moe_jax.analysis.figures import NEUTRAL, SPARSE
-from moe_jax.dispatch.dropless import Dropless
 from moe_jax.reproduction.claim import TEST, Claim, Measurement, Profile, Side, Table
 from moe_jax.reproduction.measurements import test_split, with_changes
 from moe_jax.reproduction.results import FinishedRun, Results
@@ -24,9 +23,6 @@ FACTORS = (0.5, 0.75, 1.0, 1.25, 2.0)
 
 TRAIN_FACTOR = "model.moe.capacity.train_factor"
 EVALUATION_FACTOR = "model.moe.capacity.evaluation_factor"
-DROPLESS = {"model.moe.dispatch": Dropless()}
-"""Changes that serve every token."""
-
 PUBLISHED: Mapping[str, Mapping[float, float]] = {
     "Switch, Table 1": {1.0: 1.561, 1.25: 1.553, 2.0: 1.554},
     "ST-MoE, Tables 8 and 18": {0.75: 1.428, 1.0: 1.397, 1.25: 1.378},
@@ -86,19 +82,16 @@ def side_name(factor: float) -> str:
 def sides(profile: Profile) -> list[Side]:
     """A side for each factor of training, and one without drops."""
     measurements = (TEST, *map(at_evaluation_factor, FACTORS))
-    # The config's own factor is left alone, because other claims share its runs.
-    return [
-        *(
-            _text.side(
-                profile,
-                side_name(factor),
-                {} if factor == 1.25 else {TRAIN_FACTOR: factor},
-                measurements=measurements,
-            )
-            for factor in FACTORS
-        ),
-        _text.side(profile, "dropless", DROPLESS),
+    limited = [
+        _text.side(
+            profile,
+            side_name(factor),
+            {**_text.LIMITED, TRAIN_FACTOR: factor},
+            measurements=measurements,
+        )
+        for factor in FACTORS
     ]
+    return [*limited, _text.side(profile, "dropless", {})]
 
 
 def findings(results: Results) -> list[Finding]:

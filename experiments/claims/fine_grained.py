@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import jax
@@ -15,9 +16,16 @@ from matplotlib.figure import Figure
 from experiments.claims import _text
 from moe_jax.analysis.figures import DENSE, NEUTRAL, SPARSE
 from moe_jax.configuration import changed
-from moe_jax.dispatch.dropless import Dropless
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.reproduction.claim import TEST, Claim, Measurement, Profile, Side, Table
+from moe_jax.reproduction.claim import (
+    TEST,
+    Claim,
+    Measurement,
+    Profile,
+    Side,
+    Table,
+    read_config,
+)
 from moe_jax.reproduction.measurements import test_split, test_split_with
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
@@ -63,24 +71,33 @@ class Experts:
         """
         return int(dense * self.widening) // self.segments
 
-    def changes(self, dense: int) -> dict[str, Any]:
-        """Of the config, whose dense layers have that width.
+    @property
+    def gate_scale(self) -> float:
+        """What the gates are multiplied by.
 
-        The gates' scale makes the sum of the routed experts as large at the start as that of the
-        2 wide ones: a gate starts near 1 / routed, and the sum over m times as many
-        independent experts of the same output grows by sqrt(m).
+        The sum of the routed experts begins as large on all sides as if gates were 1 / sqrt(m): narrow
+        experts have outputs as large as wide ones, and a sum over m times as many independent ones is
+        sqrt(m) times as large. Gates begin as the softmax of normal logits of deviation 1.
         """
+        quantiles = (np.arange(self.routed) + 0.5) / self.routed
+        weights = np.exp([NormalDist().inv_cdf(quantile) for quantile in quantiles])
+        best = (weights / weights.sum())[-self.choices :]
+        return math.sqrt(self.choices / self.segments) / float(np.linalg.norm(best))
+
+    def changes(self, dense: DecoderLMConfig) -> dict[str, Any]:
+        """Of a config with that model, whose dense layers are as wide as its experts."""
+        assert isinstance(dense.moe.router, TopK)
         router = TopK(
             k=self.choices,
-            gate_scale=self.routed / math.sqrt(self.segments),
+            gate_scale=self.gate_scale,
             losses=Losses(expert_level=1e-2),
+            init_deviation=dense.moe.router.init_deviation,
         )
         return {
             "model.num_experts": self.routed,
-            "model.expert_width": self.width(dense),
+            "model.expert_width": self.width(dense.mlp_width),
             "model.moe.router": router,
             "model.moe.shared_experts": self.shared,
-            "model.moe.dispatch": Dropless(),
         }
 
 
@@ -105,10 +122,6 @@ PUBLISHED = {GSHARD: 1.867, DEEPSEEK: 1.808, TWO_SHARED: 1.806, WIDER_GSHARD: 1.
 PUBLISHED_WITHOUT_SHARED = 2.414
 """The same of DeepSeekMoE without its shared expert and with one routed expert more (section 4.5)."""
 
-SHORTER: Mapping[Profile, Mapping[str, Any]] = {Profile.CPU: {"steps": 400}, Profile.GPU: {}}
-"""On a CPU fewer steps than the other claims about text, because steps of narrow experts are slower."""
-DENSE_WIDTH = {Profile.CPU: 128, Profile.GPU: 2048}
-"""Of the configs' dense layers, and of an expert before it is segmented."""
 DISABLED = (1 / 16, 2 / 16, 3 / 16, 4 / 16)
 """Shares of the routed experts, the most probable ones of each token, that are disabled."""
 FEWER_CHOICES = (3, 4, 5, 6)
@@ -139,9 +152,8 @@ experts are contested: in OLMoE (Figure 6; the setting as remembered) 31 routed 
 
 Here the routed experts of all sides have softmax gates without renormalisation, as DeepSeekMoE's, which
 GShard's are not; the expert-level balancing loss of 0.01; and no capacity limit, so that nothing is
-dropped. Gates are multiplied by the number of routed experts over the root of the segmentation, so that
-the routed experts' sum starts equally large on all sides; DeepSeekMoE has no such factor, and small
-initial weights. Parameters and FLOPs are the same but for the router, which has one column for each
+dropped. Gates are multiplied so that the routed experts' sum starts equally large on all sides;
+DeepSeekMoE has no such factor, and small initial weights. Parameters and FLOPs are the same but for the router, which has one column for each
 routed expert: up to 1% of all parameters and 5% of the activated ones of the model for CPUs. When experts are disabled, the gates of the rest stay as they were. DeepSeekMoE trains
 2B parameters on 100B tokens; ours is far smaller, predicts bytes, and is trained on far fewer, which
 may not be enough for narrow experts to specialise.
@@ -225,6 +237,7 @@ WITHOUT_SHARED = Measurement(
 
 def sides(profile: Profile) -> list[Side]:
     """Segmentations and shared experts at fixed totals, and wider experts."""
+    dense: Any = read_config(_text.FILES[profile]).model
     disabling = tuple(map(without_best, DISABLED))
     extra = {
         DEEPSEEK: (WITHOUT_SHARED, *disabling, *map(with_choices, FEWER_CHOICES)),
@@ -234,7 +247,7 @@ def sides(profile: Profile) -> list[Side]:
         _text.side(
             profile,
             name,
-            {**SHORTER[profile], **experts.changes(DENSE_WIDTH[profile])},
+            experts.changes(dense),
             measurements=(TEST, *extra.get(name, ())),
         )
         for name, experts in SIDES.items()

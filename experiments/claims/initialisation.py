@@ -39,8 +39,8 @@ size of a matrix, so that a smaller scale means smaller steps too, which Adam's 
 rate is the same for all scales, 0.03 in place of 0.01: a demanding one, because with a rate chosen
 for each scale an instability is what the choice avoids, and because these runs are a tenth as long.
 Unlike in the paper the model is small, which is more forgiving; the embedding table starts at unit
-variance and the router's weights at a deviation of 0.02 whatever the scale; and gates are multiplied
-by 32, so that an expert's output counts from the start. s = 0.01 is not in the paper.
+variance and the router's weights at 1 over the root of the width whatever the scale; and gates are
+multiplied by 8, so that an expert's output counts from the start. s = 0.01 is not in the paper.
 """
 
 

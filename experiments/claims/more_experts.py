@@ -46,10 +46,10 @@ dense model of 15M has 3.162 and S-BASE models of the same size have 2.986, 2.75
 64 and 512 experts. Returns diminish: Clark et al. fit a saturation, GLaM sees none beyond 64 experts
 and ST-MoE little beyond 256.
 
-Here a dense decoder and its twins with E = 2 to 32 experts (Switch's router, top-1, capacity factor
-1.25, balancing loss 0.01) read the same bytes in the same order; each has its own learning rate from
-the same grid. Unlike the papers' models these are small and see few tokens, each block of the CPU
-profile has experts, and gates are multiplied by E. The step speed-up is the steps of the dense twin
+Here a dense decoder and its twins with E = 2 to 32 experts in every second block (Switch's router,
+top-1, balancing loss 0.001) read the same bytes in the same order; each has its own learning rate from
+the same grid. Unlike the papers' models these are small and see few bytes; no token is dropped; router
+weights begin larger than theirs, so that logits do not, and gates are multiplied by sqrt(2 E). The step speed-up is the steps of the dense twin
 over the steps after which a model has the validation loss that the dense twin of the same seed ends
 with: between two evaluations the loss is taken to be linear in the logarithm of the step, and a model
 that never has that loss counts as 0. The learning rate falls by a cosine until the end of a run, so
@@ -66,17 +66,18 @@ def side_name(num_experts: int) -> str:
 
 def sides(profile: Profile) -> list[Side]:
     """The dense twin and E experts."""
-    return [_text.side(profile, side_name(E), _changes(E)) for E in EXPERTS]
+    longer = _text.LONGER[profile]
+    return [_text.side(profile, side_name(E), {**longer, **_changes(E)}) for E in EXPERTS]
 
 
-def _changes(num_experts: int) -> dict[str, int]:
+def _changes(num_experts: int) -> dict[str, float]:
     if num_experts == 1:
         return _text.DENSE
     if num_experts == 8:
         return {}  # The config's own; other claims share its runs.
     return {
         "model.num_experts": num_experts,
-        "model.moe.router.gate_scale": num_experts,
+        "model.moe.router.gate_scale": _text.gate_scale(num_experts),
     }
 
 

@@ -56,8 +56,8 @@ google-research/vmoe, issue 49); no paper prints a figure of it.
 Priority lets later tokens decide about earlier ones, so it is tested on an objective that may look
 ahead: a bidirectional model predicts the 30% of the bytes that are masked. All of them, and the other
 bytes, compete for the same slots; training and evaluation have the same factor. With top-1 both
-priorities are the same order, so assignment-level priority is tested with top-2, where gates are
-multiplied by E / 2. ST-MoE's model is an encoder-decoder that predicts spans and has no priority in
+priorities are the same order, so assignment-level priority is tested with top-2, where gates
+are multiplied by half as much. ST-MoE's model is an encoder-decoder that predicts spans and has no priority in
 its decoder; ours has 8 experts and runs short, with two learning rates tried for each side.
 """
 
@@ -78,8 +78,9 @@ def _side(profile: Profile, order: ServiceOrder, factor: float, k: int) -> Side:
         # Twice BERT's rate, for twice as many predictions in a step.
         "task": MaskedLanguageModeling(mask_rate=0.3),
         "model.bidirectional": True,
+        **_text.LIMITED,
         "model.moe.router.k": k,
-        "model.moe.router.gate_scale": 8 / k,
+        "model.moe.router.gate_scale": _text.gate_scale(8) / k,
         "model.moe.router.order": order,
         TRAIN_FACTOR: factor,
         EVALUATION_FACTOR: factor,

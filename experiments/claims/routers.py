@@ -1,5 +1,6 @@
 """Learned routing beats fixed and random routing (Clark, DeepSeekMoE, BASE, Hash Layers, THOR)."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.claims import _text
-from experiments.claims.capacity import DROPLESS
 from moe_jax.analysis.figures import DENSE, NEUTRAL, SPARSE
-from moe_jax.reproduction.claim import Claim, Profile, Side, Table
+from moe_jax.reproduction.claim import Claim, Profile, Side, Table, read_config
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
 from moe_jax.routing.assignment import Router
@@ -49,8 +49,9 @@ in hours of training, and needs less communication for it.
 
 Here all sides have the same 8 experts, data, grid of learning rates and one expert for each token;
 none has a capacity limit, so that an uneven router loses speed and no token, and executes the FLOPs
-of a balanced one. Switch has its balancing loss of 0.01 and gates times E, so that they start near the
-1 that hashes and random draws have; BASE's gate is a sigmoid, which starts at 1/2. Hashes are of single
+of a balanced one. Switch has a balancing loss of 0.001 and gates times sqrt(2 E), so that they start near
+the 1 that hashes and random draws have; BASE's gate is a sigmoid, which starts at 1/2. Learned routers
+begin with weights of the same size. Hashes are of single
 bytes; the random table is one draw, the same for all seeds, and Clark et al. hash ids of 32,000
 subwords. Random draws are not trained to agree as THOR's are, which would run the model twice. BASE and
 S-BASE match the tokens of a group in training, and so look ahead; in evaluation every token takes its
@@ -62,20 +63,26 @@ affordable.
 def sides(profile: Profile) -> list[Side]:
     """The dense twin, Switch, and a side for each other router."""
     return [
-        _text.side(profile, DENSE_TWIN, _text.DENSE),
+        _text.side(profile, DENSE_TWIN, {**_text.LONGER[profile], **_text.DENSE}),
         _routed(profile, RANDOM, UniformRandom()),
         _routed(profile, HASH_RANDOM, HashRouter(VOCABULARY)),
         _routed(profile, HASH_MODULO, HashRouter(VOCABULARY, HashKind.MODULO)),
-        _text.side(profile, SWITCH, DROPLESS),
-        _routed(profile, BASE_AUCTION, BASE(auction_epsilon=0.1), **{"model.accept_leak": True}),
-        _routed(
-            profile, S_BASE, BASE(solver=Solver.SINKHORN), **{"model.accept_leak": True}
-        ),
-    ]  # fmt: skip
+        _text.side(profile, SWITCH, _text.LONGER[profile]),
+        _balanced(profile, BASE_AUCTION, BASE(auction_epsilon=0.1)),
+        _balanced(profile, S_BASE, BASE(solver=Solver.SINKHORN)),
+    ]
 
 
 def _routed(profile: Profile, name: str, router: Router, **changes: Any) -> Side:
-    return _text.side(profile, name, {**DROPLESS, "model.moe.router": router, **changes})
+    router_change = {"model.moe.router": router}
+    return _text.side(profile, name, {**_text.LONGER[profile], **router_change, **changes})
+
+
+def _balanced(profile: Profile, name: str, router: BASE) -> Side:
+    """With router weights that begin as large as those of Switch's router."""
+    model: Any = read_config(_text.FILES[profile]).model
+    router = dataclasses.replace(router, init_deviation=model.moe.router.init_deviation)
+    return _routed(profile, name, router, **{"model.accept_leak": True})
 
 
 def findings(results: Results) -> list[Finding]:

@@ -92,7 +92,7 @@ be in its interval although all together fit worse than the refit, as the last c
 decimals of Table 3 alone move log10 L by up to 0.01. The law comes from one budget of 130 billion tokens;
 later work that trains longer finds that experts keep helping large models (as remembered, Krajewski et
 al.), so that a cutoff is not to be extrapolated. The last panel has the test losses of claim
-more_experts: bytes instead of subwords, every block routed and models of less than 1M, far outside the
+more_experts: bytes instead of subwords and models of less than 1M, far outside the
 fitted sizes.
 """
 

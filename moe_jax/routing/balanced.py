@@ -42,7 +42,7 @@ class BASE(Router):
 
     S counts padding in an expert's share of ceil(S / E), though padding takes none of it. The paper
     matches tokens that were shuffled over all workers, here a group is consecutive; and its expert
-    vectors start orthogonal with gain 0.1, here normal with deviation 0.02.
+    vectors start orthogonal with gain 0.1, here normal.
 
     Attributes:
       solver: how tokens and experts are matched in training.
@@ -52,12 +52,14 @@ class BASE(Router):
       auction_rounds: after so many, the tokens that are left take the best expert with room.
       sinkhorn_iterations: how often columns and rows are scaled. (For normal scores that differ by
         10 or so 20 are enough; the busiest expert then has 1.1 to 1.25 times its share.)
+      init_deviation: of the weights at the start.
     """
 
     solver: Solver = Solver.AUCTION
     auction_epsilon: float = 0.02
     auction_rounds: int = 1000
     sinkhorn_iterations: int = 20
+    init_deviation: float = scores.INIT_DEVIATION
 
     @property
     def leak(self) -> str | None:
@@ -66,6 +68,7 @@ class BASE(Router):
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
+        scores.validate_init_deviation(self.init_deviation)
         # Below 1e-5 a raise is lost in the rounding of float32 prices.
         if not 1e-5 <= self.auction_epsilon <= 1:
             raise UserError(
@@ -77,7 +80,8 @@ class BASE(Router):
 
     def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
         """weights: [d, E] float32."""
-        return {"weights": scores.initial_weights(key, width, num_experts)}
+        weights = scores.initial_weights(key, width, num_experts, self.init_deviation)
+        return {"weights": weights}
 
     def route(
         self, parameters: Arrays, inputs: RouterInputs, num_experts: int, capacity: int

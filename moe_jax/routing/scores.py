@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from moe_jax.errors import UserError
 from moe_jax.routing.assignment import RouterInputs
 
-ROUTER_INIT_SCALE = 0.02  # Normal, as flaxformer's router weights.
+INIT_DEVIATION = 0.02
+"""Of router weights in flaxformer, OLMoE and sparse upcycling."""
 
 
 class Exploration(enum.StrEnum):
@@ -49,9 +50,19 @@ def rounded(x: jax.Array, dtype: RouterDtype) -> jax.Array:
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
-def initial_weights(key: jax.Array, width: int, num_experts: int) -> jax.Array:
-    """[d, E] float32, normal with deviation 0.02 (flaxformer, OLMoE, sparse upcycling)."""
-    return ROUTER_INIT_SCALE * jax.random.normal(key, (width, num_experts))
+def initial_weights(
+    key: jax.Array, width: int, num_experts: int, deviation: float = INIT_DEVIATION
+) -> jax.Array:
+    """[d, E] float32, normal with a deviation."""
+    return deviation * jax.random.normal(key, (width, num_experts))
+
+
+def validate_init_deviation(deviation: float) -> None:
+    """Raises UserError unless it is above 0."""
+    if not deviation > 0:
+        raise UserError(
+            f"router.init_deviation is {deviation}; it must be above 0, such as {INIT_DEVIATION}."
+        )
 
 
 def explored_input(inputs: RouterInputs, exploration: Exploration, rate: float) -> jax.Array:

@@ -209,16 +209,20 @@ class LinearRouter(TokenChoice):
       logit_soft_cap: c of c * tanh(logits / c); 0 for none (praxis).
       dtype: what inputs, weights, logits, probabilities and gates are rounded to; every paper's is
         float32 in the end.
+      init_deviation: of the weights at the start. That of a normalized token's logits is sqrt(d)
+        times as large, so that small models with 0.02 begin nearer to uniform routing than large ones.
     """
 
     exploration: Exploration = Exploration.ARGMAX
     exploration_rate: float = 0.0
     logit_soft_cap: float = 0.0
     dtype: RouterDtype = RouterDtype.FLOAT32
+    init_deviation: float = scores.INIT_DEVIATION
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
         super().validate(num_experts)
+        scores.validate_init_deviation(self.init_deviation)
         scores.validate_exploration(self.exploration, self.exploration_rate)
         if not self.logit_soft_cap >= 0:
             raise UserError(
@@ -227,7 +231,8 @@ class LinearRouter(TokenChoice):
 
     def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
         """weights: [d, E] float32."""
-        return {"weights": scores.initial_weights(key, width, num_experts)}
+        weights = scores.initial_weights(key, width, num_experts, self.init_deviation)
+        return {"weights": weights}
 
     def logits(self, parameters: Arrays, inputs: RouterInputs) -> jax.Array:
         """[S, E] float32, of the explored input and capped."""
