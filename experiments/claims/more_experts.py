@@ -66,8 +66,11 @@ def side_name(num_experts: int) -> str:
 
 def sides(profile: Profile) -> list[Side]:
     """The dense twin and E experts."""
-    longer = _text.LONGER[profile]
-    return [_text.side(profile, side_name(E), {**longer, **_changes(E)}) for E in EXPERTS]
+    longer, rates = _text.LONGER[profile], _text.WIDE_GRID[profile]
+    return [
+        _text.side(profile, side_name(E), {**longer, **_changes(E)}, learning_rates=rates)
+        for E in EXPERTS
+    ]
 
 
 def _changes(num_experts: int) -> dict[str, float]:

@@ -58,7 +58,7 @@ ahead: a bidirectional model predicts the 30% of the bytes that are masked. All 
 bytes, compete for the same slots; training and evaluation have the same factor. With top-1 both
 priorities are the same order, so assignment-level priority is tested with top-2, where gates
 are multiplied by half as much. ST-MoE's model is an encoder-decoder that predicts spans and has no priority in
-its decoder; ours has 8 experts and runs short, with two learning rates tried for each side.
+its decoder; ours has 8 experts and runs short.
 """
 
 
@@ -89,7 +89,6 @@ def _side(profile: Profile, order: ServiceOrder, factor: float, k: int) -> Side:
         profile,
         side_name(order, factor, k),
         changes,
-        learning_rates=_text.LEARNING_RATES[profile][1:],
         measurements=(TEST, at_evaluation_factor(2.0)),
     )
 

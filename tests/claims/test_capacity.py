@@ -7,7 +7,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.claims import capacity
-from moe_jax.dispatch.dropless import Dropless
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.reproduction.claim import Profile
 from moe_jax.reproduction.results import FinishedRun
@@ -77,10 +76,13 @@ def test_drop_rates_are_of_the_second_half():
     assert capacity.training_drop_rate(run) == pytest.approx(15)
 
 
-def test_the_default_is_unchanged():
-    changes = {side.name: side.changes for side in capacity.sides(Profile.CPU)}
-    assert changes["factor 1.25"] == {}
-    assert changes["dropless"] == {"model.moe.dispatch": Dropless()}
+@pytest.mark.parametrize("profile", Profile)
+def test_only_the_dropless_side_has_no_limit(profile):
+    dropless = {
+        side.name: side.config(1e-3, 0).model.moe.dispatch.dropless
+        for side in capacity.sides(profile)
+    }
+    assert [name for name, without in dropless.items() if without] == ["dropless"]
 
 
 def test_the_table_has_no_empty_cell():

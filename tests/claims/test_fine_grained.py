@@ -79,7 +79,6 @@ def test_configs_are_valid(profile):
     for side in fine_grained.sides(profile):
         config = side.config(1e-3, 0)
         config.validate()
-        assert config.model.mlp_width == fine_grained.DENSE_WIDTH[profile]
         pickle.loads(pickle.dumps(side.measurements))
 
 
@@ -94,6 +93,16 @@ def test_totals_are_fixed(profile):
         if side.name != fine_grained.WIDER_GSHARD:
             totals.add((accounting.parameters - router, accounting.activated_parameters - router))
     assert len(totals) == 1
+
+
+@pytest.mark.parametrize("experts", fine_grained.SIDES.values(), ids=fine_grained.SIDES)
+def test_the_routed_sum_begins_equally_large(experts):
+    """The mean norm of the gates, of logits that are drawn."""
+    logits = np.random.default_rng(0).normal(size=(2000, experts.routed))
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    best = np.sort(probabilities, axis=1)[:, -experts.choices :]
+    norm = experts.gate_scale * np.linalg.norm(best, axis=1).mean()
+    assert norm == pytest.approx(np.sqrt(experts.choices / experts.segments), rel=0.1)
 
 
 def test_the_table_has_no_empty_cell():
