@@ -139,3 +139,26 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
                 f"{path} is changed to {value!r}; it must be one of {choices}."
             ) from error
     return new
+
+
+def config_line(component: Any) -> str:
+    """The Python expression that makes a component, with its fields that are not the default."""
+    defaults = {
+        field.name: field.default_factory() if callable(field.default_factory) else field.default
+        for field in dataclasses.fields(component)
+    }
+    arguments = [
+        f"{name}={literal(getattr(component, name))}"
+        for name, default in defaults.items()
+        if getattr(component, name) != default
+    ]
+    return f"{type(component).__name__}({', '.join(arguments)})"
+
+
+def literal(value: Any) -> str:
+    """The Python expression of a field's value; components as by `config_line`."""
+    if dataclasses.is_dataclass(value):
+        return config_line(value)
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__name__}.{value.name}"
+    return repr(value)

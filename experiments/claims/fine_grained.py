@@ -82,7 +82,7 @@ class Experts:
         quantiles = (np.arange(self.routed) + 0.5) / self.routed
         weights = np.exp([NormalDist().inv_cdf(quantile) for quantile in quantiles])
         best = (weights / weights.sum())[-self.choices :]
-        return math.sqrt(self.choices / self.segments) / float(np.linalg.norm(best))
+        return round(math.sqrt(self.choices / self.segments) / float(np.linalg.norm(best)), 3)
 
     def changes(self, dense: DecoderLMConfig) -> dict[str, Any]:
         """Of a config with that model, whose dense layers are as wide as its experts."""

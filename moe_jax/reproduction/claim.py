@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from ml_collections import config_flags
 
-from moe_jax.configuration import changed
+from moe_jax.configuration import changed, literal
 from moe_jax.reproduction.measurements import test_split
 from moe_jax.reproduction.verdicts import Finding
 from moe_jax.training.experiment import Experiment
@@ -80,7 +80,7 @@ class Side:
 
     def described(self) -> str:
         """The config file and the changes, as one line."""
-        changes = ", ".join(f"{path}={value}" for path, value in self.changes.items())
+        changes = ", ".join(f"{path}={literal(value)}" for path, value in self.changes.items())
         return f"{self.file}{' with ' if changes else ''}{changes}"
 
 

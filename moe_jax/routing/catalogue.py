@@ -4,9 +4,8 @@ The documentation page docs/routers.md is written from here, and tests run over 
 """
 
 import dataclasses
-import enum
-from typing import Any
 
+from moe_jax.configuration import config_line
 from moe_jax.routing.assignment import Router
 from moe_jax.routing.balanced import BASE, Solver
 from moe_jax.routing.capacity import Capacity, CapacityRule
@@ -383,28 +382,6 @@ ENTRIES: tuple[Entry, ...] = (
         None,
     ),
 )
-
-
-def config_line(component: Any) -> str:
-    """The Python expression that makes a component, with its fields that are not the default."""
-    defaults = {
-        field.name: field.default_factory() if callable(field.default_factory) else field.default
-        for field in dataclasses.fields(component)
-    }
-    arguments = [
-        f"{name}={_literal(getattr(component, name))}"
-        for name, default in defaults.items()
-        if getattr(component, name) != default
-    ]
-    return f"{type(component).__name__}({', '.join(arguments)})"
-
-
-def _literal(value: Any) -> str:
-    if dataclasses.is_dataclass(value):
-        return config_line(value)
-    if isinstance(value, enum.Enum):
-        return f"{type(value).__name__}.{value.name}"
-    return repr(value)
 
 
 def routers_page() -> str:

@@ -398,6 +398,7 @@ def test_weights_start_normal():
     [
         (BASE(auction_epsilon=0.0), "router.auction_epsilon is 0.0"),
         (BASE(auction_epsilon=math.nan), "router.auction_epsilon is nan"),
+        (BASE(init_deviation=math.nan), "router.init_deviation is nan"),
         (BASE(auction_rounds=0), "router.auction_rounds is 0"),
         (BASE(sinkhorn_iterations=0), "router.sinkhorn_iterations is 0"),
     ],

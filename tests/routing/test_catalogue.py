@@ -110,9 +110,9 @@ def test_config_lines_make_the_routers_and_capacities():
     )  # fmt: skip
     names = {name: value for module in modules for name, value in vars(module).items()}
     for entry in ENTRIES:
-        assert eval(catalogue.config_line(entry.router), names) == entry.router
+        assert eval(configuration.config_line(entry.router), names) == entry.router
         if entry.capacity is not None:
-            assert eval(catalogue.config_line(entry.capacity), names) == entry.capacity
+            assert eval(configuration.config_line(entry.capacity), names) == entry.capacity
 
 
 def test_config_json_names_every_router():

@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, service
+from moe_jax.routing.balanced import BASE
 from moe_jax.routing.deepseek import DeepSeekV2
 from moe_jax.routing.losses import Losses
 from moe_jax.routing.scores import Exploration, RouterDtype
@@ -712,12 +713,23 @@ def test_the_importance_loss_sees_no_exploration_noise(exploration, x, parameter
     assert noisy.losses["load_balancing"].value() != still.losses["load_balancing"].value()
 
 
+def test_weights_begin_with_the_deviation_asked_for():
+    for router in (TopK(init_deviation=0.125), BASE(init_deviation=0.125)):
+        weights = router.init(jax.random.key(0), 64, 100)["weights"]
+        assert weights.std() == pytest.approx(0.125, rel=0.05)
+    assert TopK().init(jax.random.key(0), 64, 100)["weights"].std() == pytest.approx(0.02, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("router", "message"),
     [
         (TopK(k=6), r"router.k is 6 but there are 5 experts; choose k between 1"),
         (TopK(k=0), r"router.k is 0 but there are 5 experts; choose k between 1"),
         (TopK(gate_scale=0.0), r"router.gate_scale is 0.0; it must be above 0"),
+        (
+            TopK(init_deviation=0.0),
+            r"router.init_deviation is 0.0; it must be above 0, such as 0.02",
+        ),
         (TopK(exploration_rate=1.0), r"router.exploration_rate is 1.0; it must be in \[0, 1\)"),
         (TopK(exploration_rate=-0.1), r"router.exploration_rate is -0.1; it must be in \[0, 1\)"),
         (TopK(exploration=Exploration.JITTER), r"router.exploration=jitter does nothing"),
