@@ -42,7 +42,7 @@ def get_config() -> Experiment:
         steps=500,
         model=model,
         task=ImageClassification(),
-        data=ImageData(dataset="fashion_mnist", shift=2, batch_size=64),
+        data=ImageData(dataset="fashion_mnist", batch_size=64),
         optimizer=AdamW(learning_rate=3e-3, warmup_steps=50),
         logging=Logging(every=20),
         checkpoint=Checkpointing(every=250, keep=1),

@@ -8,7 +8,7 @@ from moe_jax.reproduction.claim import TEST, Measurement, Profile, Side, read_co
 from moe_jax.reproduction.results import FinishedRun
 
 FILES = {Profile.CPU: "configs/claims/images_cpu.py", Profile.GPU: "configs/claims/images_gpu.py"}
-LEARNING_RATES = {Profile.CPU: (1e-3, 3e-3), Profile.GPU: (3e-4, 1e-3)}
+LEARNING_RATES = {Profile.CPU: (2e-3, 4e-3), Profile.GPU: (3e-4, 1e-3)}
 DENSE = {"model.moe_every": 0, "model.moe_at": ()}
 """Changes that make the dense twin."""
 
