@@ -44,6 +44,6 @@ def get_config() -> Experiment:
         data=TextData(dataset="debian_text", sequence_length=128, batch_size=16),
         optimizer=AdamW(learning_rate=8e-3, warmup_steps=100),
         logging=Logging(every=20),
-        checkpoint=Checkpointing(every=250, keep=1),
+        checkpoint=Checkpointing(every=300, keep=1),
         evaluation=Evaluation(every=100, batches=32),
     )
