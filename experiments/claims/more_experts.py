@@ -73,7 +73,7 @@ def sides(profile: Profile) -> list[Side]:
     ]
 
 
-def _changes(num_experts: int) -> dict[str, float]:
+def _changes(num_experts: int) -> Mapping[str, float]:
     if num_experts == 1:
         return _text.DENSE
     if num_experts == 8:
