@@ -89,4 +89,6 @@ def test_configs_are_valid(profile):
         config = side.config(1e-3, 0)
         config.validate()
         if side.name != "dense":
-            assert config.model.moe.router.gate_scale == config.model.num_experts
+            assert config.model.moe.router.gate_scale == pytest.approx(
+                (2 * config.model.num_experts) ** 0.5
+            )
