@@ -62,7 +62,7 @@ def compare(
 
     The difference of the means counts if it exceeds twice its standard error, and the margin. Seeds
     are taken as independent, although they share data: a paired test would be sharper, but three
-    seeds are too few to trust how they are correlated.
+    seeds are too few to trust how they are correlated. Their differences are shown all the same.
 
     Args:
       statement, paper, decisive: see `Finding`.
@@ -87,6 +87,8 @@ def compare(
     error = math.hypot(standard_error(first), standard_error(second))
     threshold = max(STANDARD_ERRORS * error, margin)
     shown += f": difference {difference:.3g} ± {error:.2g}"
+    if first.size == second.size > 1:
+        shown += f" (by seed {', '.join(f'{each:.3g}' for each in first - second)})"
     if abs(difference) > threshold:
         verdict = Verdict.REPRODUCED if difference > 0 else Verdict.CONTRADICTED
         return Finding(statement, paper, shown, verdict, decisive=decisive)

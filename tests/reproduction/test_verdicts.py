@@ -96,3 +96,9 @@ def test_overall():
 def test_described():
     assert describe([2.5]) == "2.5"
     assert describe([1.0, 2.0, 3.0]) == "2 ± 0.58 (3 seeds)"
+
+
+def test_the_difference_of_each_seed_is_shown():
+    found = compare("a", "b", [2.0, 3.5, 4.0], [1.0, 2.0, 3.0])
+    assert found.ours.endswith("(by seed 1, 1.5, 1)")
+    assert "by seed" not in compare("a", "b", [2.0, 3.0], [1.0]).ours
