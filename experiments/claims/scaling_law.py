@@ -209,6 +209,7 @@ def findings(results: Results) -> list[Finding]:
             "b < 0 for all routers (Table 3)",
             larger=[0.0],
             smaller=slopes,
+            over="base sizes",
         ),
         compare(
             "They help larger models less: the slope is nearer to 0 for the three largest sizes than "
@@ -216,6 +217,7 @@ def findings(results: Results) -> list[Finding]:
             "c > 0 for all routers (Table 3)",
             larger=slopes[3:],
             smaller=slopes[:3],
+            over="base sizes",
         ),
     ]
 
@@ -375,6 +377,7 @@ def _draw_coefficients(axes: Axes, fits: Mapping[tuple[str, str], Refit]) -> Non
 
 def _draw_ours(axes: Axes, results: Results, models: Models | None) -> None:
     """Loss over that of the dense model: S-Base by base size, and each seed of claim 1."""
+    ends = {}
     for size, N in SIZES.items():
         found = models[models.N == N] if models else None
         if found is None or not (found.E == 1).any():
@@ -382,14 +385,18 @@ def _draw_ours(axes: Axes, results: Results, models: Models | None) -> None:
         order = np.argsort(found.E)
         loss = found.loss[order] / found.loss[found.E == 1].mean()
         axes.plot(found.E[order], loss, "o-", color=COLORS[size], markersize=2, linewidth=0.8)
-        axes.annotate(size, (512, loss[-1]), xytext=(3, 0), textcoords="offset points", fontsize=7)
+        ends[size] = loss[-1]
+    below = 0.0
+    for size, end in sorted(ends.items(), key=lambda item: item[1]):
+        below = max(end, below + 0.01)  # Names of lines that end close together stay legible.
+        axes.text(560, below, size, fontsize=7, va="center")
     dense = float(np.mean(results[more_experts.side_name(1)].test_losses))
     for E in more_experts.EXPERTS:
         losses = np.array(results[more_experts.side_name(E)].test_losses) / dense
         label = "here, each seed" if E == 1 else None
         axes.plot([E] * losses.size, losses, "s", color=SPARSE, markersize=4, label=label)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(0.8, 1100)
+    axes.set_xlim(0.8, 1500)
     axes.set_xticks([1, 8, 64, 512], ["1", "8", "64", "512"])
     axes.set(xlabel="experts E (1: dense)", ylabel="loss / loss of the dense model")
     axes.set_title("S-Base by size, and ours")

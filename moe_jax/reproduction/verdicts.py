@@ -55,6 +55,7 @@ def compare(
     smaller: Sequence[float],
     *,
     unit: str = "",
+    over: str = "seeds",
     margin: float = 0.0,
     decisive: bool = True,
 ) -> Finding:
@@ -70,6 +71,7 @@ def compare(
         the loss of a run that diverged, is larger than all finite ones.
       smaller: of what it says is smaller; one value for a constant.
       unit: of the values, for the text.
+      over: what the values of a sample are of, for the text; only seeds are in the same order in both.
       margin: least difference that the claim means.
 
     Raises:
@@ -78,7 +80,7 @@ def compare(
     first, second = (np.asarray(sample, np.float64) for sample in (larger, smaller))
     if not first.size or not second.size or np.isnan(first).any() or np.isnan(second).any():
         raise ValueError(f"{statement}: samples are {larger} and {smaller}; each needs numbers.")
-    shown = f"{describe(first)} against {describe(second)} {unit}".rstrip()
+    shown = f"{describe(first, over)} against {describe(second, over)} {unit}".rstrip()
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         verdict = _by_rank(first, second)
         needs = "runs that do not diverge" if verdict == Verdict.NOT_RESOLVED else ""
@@ -87,12 +89,12 @@ def compare(
     error = math.hypot(standard_error(first), standard_error(second))
     threshold = max(STANDARD_ERRORS * error, margin)
     shown += f": difference {difference:.3g} ± {error:.2g}"
-    if first.size == second.size > 1:
+    if over == "seeds" and first.size == second.size > 1:
         shown += f" (by seed {', '.join(f'{each:.3g}' for each in first - second)})"
     if abs(difference) > threshold:
         verdict = Verdict.REPRODUCED if difference > 0 else Verdict.CONTRADICTED
         return Finding(statement, paper, shown, verdict, decisive=decisive)
-    needs = _needs(difference, first, second, margin)
+    needs = _needs(difference, first, second, margin, over)
     return Finding(statement, paper, shown, Verdict.NOT_RESOLVED, needs, decisive)
 
 
@@ -133,16 +135,16 @@ def standard_error(sample: np.ndarray) -> float:
     return float(sample.std(ddof=1) / math.sqrt(sample.size)) if sample.size > 1 else 0.0
 
 
-def describe(sample: Sequence[float] | np.ndarray) -> str:
+def describe(sample: Sequence[float] | np.ndarray, over: str = "seeds") -> str:
     """'1.836 ± 0.009 (3 seeds)': mean and standard error; a constant is its value."""
     values = np.asarray(sample, np.float64)
     finite = values[np.isfinite(values)]
     if finite.size < values.size:
-        others = f", the others {describe(finite)}" if finite.size else ""
-        return f"{values.size - finite.size} of {values.size} seeds diverged{others}"
+        others = f", the others {describe(finite, over)}" if finite.size else ""
+        return f"{values.size - finite.size} of {values.size} {over} diverged{others}"
     if values.size == 1:
         return f"{values[0]:.4g}"
-    return f"{values.mean():.4g} ± {standard_error(values):.2g} ({values.size} seeds)"
+    return f"{values.mean():.4g} ± {standard_error(values):.2g} ({values.size} {over})"
 
 
 def _by_rank(first: np.ndarray, second: np.ndarray) -> Verdict:
@@ -152,13 +154,15 @@ def _by_rank(first: np.ndarray, second: np.ndarray) -> Verdict:
     return Verdict.CONTRADICTED if first.max() < second.min() else Verdict.NOT_RESOLVED
 
 
-def _needs(difference: float, first: np.ndarray, second: np.ndarray, margin: float) -> str:
-    """How many seeds would resolve a difference as large as the measured one."""
+def _needs(
+    difference: float, first: np.ndarray, second: np.ndarray, margin: float, over: str
+) -> str:
+    """How many values in a sample would resolve a difference as large as the measured one."""
     size = abs(difference)
     if size <= margin:
-        return f"a difference above {margin:g}, which the claim means; more seeds show none"
+        return f"a difference above {margin:g}, which the claim means; more {over} show none"
     deviation = math.hypot(*(x.std(ddof=1) if x.size > 1 else 0.0 for x in (first, second)))
-    seeds = math.ceil((STANDARD_ERRORS * deviation / size) ** 2) if size else math.inf
-    if seeds > 1000:
-        return "more than 1,000 seeds for a difference this small"
-    return f"about {seeds} seeds for a difference this small"
+    values = math.ceil((STANDARD_ERRORS * deviation / size) ** 2) if size else math.inf
+    if values > 1000:
+        return f"more than 1,000 {over} for a difference this small"
+    return f"about {values} {over} for a difference this small"

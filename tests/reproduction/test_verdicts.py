@@ -102,3 +102,9 @@ def test_the_difference_of_each_seed_is_shown():
     found = compare("a", "b", [2.0, 3.5, 4.0], [1.0, 2.0, 3.0])
     assert found.ours.endswith("(by seed 1, 1.5, 1)")
     assert "by seed" not in compare("a", "b", [2.0, 3.0], [1.0]).ours
+
+
+def test_samples_over_other_things_than_seeds_are_not_paired():
+    found = compare("a", "b", [2.0, 3.5], [1.0, 2.0], over="sizes")
+    assert found.ours.startswith("2.75 ± 0.75 (2 sizes) against 1.5 ± 0.5 (2 sizes)")
+    assert "by seed" not in found.ours
