@@ -159,6 +159,8 @@ def _needs(
 ) -> str:
     """How many values in a sample would resolve a difference as large as the measured one."""
     size = abs(difference)
+    if not first.std() and not second.std() and not size:
+        return "a setting in which they differ: all values are the same"
     if size <= margin:
         return f"a difference above {margin:g}, which the claim means; more {over} show none"
     deviation = math.hypot(*(x.std(ddof=1) if x.size > 1 else 0.0 for x in (first, second)))

@@ -62,6 +62,13 @@ def test_diverged_runs_are_worse_than_all_others():
     assert "2 of 3 seeds diverged" in mixed.ours
 
 
+def test_samples_that_are_all_the_same_need_another_setting():
+    """Such as the seeds that diverged, where none does on either side."""
+    found = compare("", "", [0.0, 0.0, 0.0], [0.0, 0.0, 0.0])
+    assert found.verdict == Verdict.NOT_RESOLVED
+    assert found.needs == "a setting in which they differ: all values are the same"
+
+
 @pytest.mark.parametrize("samples", [([], [1.0]), ([1.0], []), ([math.nan], [1.0])])
 def test_samples_without_numbers_are_errors(samples):
     with pytest.raises(ValueError, match="each needs numbers"):
