@@ -91,6 +91,8 @@ routing. Token choice is V-MoE's with k = 1, a capacity factor of 1 and batch pr
 16 patches of 7 x 7 pixels on a CPU (paper: 196 or more), no JFT or ImageNet, less than one epoch on a CPU, and
 a softmax in place of sigmoids. Gates of token and expert choice are softmax probabilities, as in their papers;
 with 16 experts an expert's output so starts small, and the sides have their own learning rates.
+Identity routing gives each position of the image an expert of its own: on a CPU each of 16 patches of a
+garment that is always centred, in the papers groups of 196 or more patches of all sorts of photographs.
 OLMoE's dissent is about text: there token choice without drops beats expert choice (its Figure 7).
 """.strip()
 
