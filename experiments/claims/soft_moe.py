@@ -231,7 +231,7 @@ def draw(results: Results, figure: Figure) -> None:
     figure.set_size_inches(11, 8)
     (accuracy, few), (ladder, experts) = figure.subplots(2, 2)
     _draw_routers(accuracy, results, _images.test_accuracy, "test accuracy (%)")
-    accuracy.set_title("Routers at equal FLOPs, test letters")
+    accuracy.set_title("Routers at equal FLOPs, test images")
     _draw_routers(few, results, ten_shot, "10-shot accuracy (%)")
     few.set_title("The same, few-shot on held-out scripts")
     _draw_ladder(ladder, results)
