@@ -307,8 +307,12 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
     if a.shape != b.shape or a.dtype.kind != b.dtype.kind:
         return False
-    # Sums may be added up in another order on another processor.
-    return np.allclose(a, b, 1e-5, 1e-6) if a.dtype.kind == "f" else bool((a == b).all())
+    if a.dtype.kind != "f":
+        return bool((a == b).all())
+    # Sums may be added up in another order on another processor, and their rounding goes with their
+    # terms, not with a result near 0: T5's logits, up to 4.2, differ by 3.4e-6 between an Intel
+    # Xeon and an AMD EPYC.
+    return bool(np.abs(a - b).max() <= 1e-5 * np.abs(b).max())
 
 
 def main() -> int:
