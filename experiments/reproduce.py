@@ -102,6 +102,7 @@ def _conditions(plans: list[Plan], profile: Profile, processes: int) -> report.C
         provenance.machine(),
         processes,
         sorted(commits),
+        str(provenance.commit()),
         [f"{name} (sha256 {sha256[:12]})" for name, sha256 in named],
     )
 

@@ -48,7 +48,8 @@ the vanilla order, with batch priority, and with assignment-level priority, whic
 (token, expert) pairs and of which the paper prints nothing. So a finding compares evaluations of the
 same parameters: the gain of each seed is compared with 0.
 
-The paper's models see 224 x 224 photographs in 196 or more patches; ours 28 x 28 pixels in 49. The
+The paper's models see 224 x 224 photographs in 49 to 256 patches; ours 28 x 28 pixels in 49. Slots are
+rounded as in the paper in training (to a multiple of 4), at inference to the next whole number. The
 dense twin has the same backbone, as in the paper; a V-MoE layer of top-2 computes about twice its
 feed-forward FLOPs at a factor of 1, and as much at 0.5. Training with batch priority is not tested.
 """.strip()

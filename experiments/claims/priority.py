@@ -50,7 +50,7 @@ Batch Prioritized Routing (V-MoE) serves tokens in descending order of their lar
 tokens left out of full buffers are those that the router is least sure of. ST-MoE (Table 18) prints,
 for top-1 routing in its encoder, negative log perplexities of -1.433 at a capacity factor of 0.5,
 -1.409 at 0.75 (-1.428 without priority) and -1.386 at 1.0 (-1.397 without), and no gain at 1.25.
-Assignment-level priority orders single (token, expert) pairs instead (asked for in
+Assignment-level priority orders single (token, expert) pairs instead (asked about in
 google-research/vmoe, issue 49); no paper prints a figure of it.
 
 Priority lets later tokens decide about earlier ones, so it is tested on an objective that may look

@@ -39,10 +39,11 @@ STATEMENT = f"""
 Switch (Table 2) prints a negative log perplexity of -1.718 for a model in float32, -3.780 for one in
 bfloat16, which diverged, and -1.716 for selective precision: bfloat16 with a router in float32,
 cast back before tokens are sent. ST-MoE (Figure 2) gives the reason: logits in [32, 64) are 0.25
-apart in bfloat16, and the softmax makes a relative error of the gate of that.
+apart in bfloat16, and the softmax turns an error of a logit into a relative error of the gate as large.
 
 Here a small decoder with 32 experts is trained in the three precisions at five times its usual
-learning rate, which provokes what only large models show otherwise, over 5 seeds. Parameters and
+learning rate, which is meant to provoke what only large models show otherwise, over 5 seeds; where no
+seed diverges, it did not, and the claim has not been put to the test. Parameters and
 their moments are float32 in all of them; a bfloat16 router rounds its inputs, weights, logits,
 probabilities and gates. A seed has diverged if its loss or gradients became infinite, or if its
 training loss ends more than {RISE:g} nat above its lowest. "No worse" allows {TIE:g} nats per byte.

@@ -89,7 +89,9 @@ fits to resampled models are in the interval, and a quarter of its width is the 
 Models of one size are not independent, so that the intervals are rather too narrow. E_start and E_max
 are compared as log2, which is what the notebook fits. The coefficients depend on each other: each may
 be in its interval although all together fit worse than the refit, as the last column shows; the three
-decimals of Table 3 alone move log10 L by up to 0.01. The law comes from one budget of 130 billion tokens;
+decimals of Table 3 alone move log10 L by up to 0.01. So "reproduced" means that the authors' data agree
+with their Table 3 within wide intervals, by their own law. Dense models are in the fit without
+saturation, too, which brings its b nearer to 0 than a fit of the routed models alone. The law comes from one budget of 130 billion tokens;
 later work that trains longer finds that experts keep helping large models (as remembered, Krajewski et
 al.), so that a cutoff is not to be extrapolated. The last panel has the test losses of claim
 more_experts: bytes instead of subwords and models of less than 1M, far outside the

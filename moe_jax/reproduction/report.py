@@ -5,7 +5,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markdown_it import MarkdownIt
@@ -34,6 +34,7 @@ class Conditions:
       hardware: in words.
       processes: that worked at the same time.
       commits: of the code that the runs were trained with.
+      judged_by: commit of the code that made findings and verdict of them.
       datasets: name and sha256 of each.
     """
 
@@ -41,6 +42,7 @@ class Conditions:
     hardware: str
     processes: int
     commits: Sequence[str]
+    judged_by: str
     datasets: Sequence[str]
 
 
@@ -109,11 +111,19 @@ def verdict_table(records: Sequence[Mapping[str, Any]], link: str = "") -> str:
     """
     lines = ["| claim | verdict | findings |", "|---|---|---|"]
     for record in records:
-        counts = {v: [f["verdict"] for f in record["findings"]].count(v) for v in Verdict}
-        shown = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+        decisive = _counts(f for f in record["findings"] if f["decisive"])
+        aside = _counts(f for f in record["findings"] if not f["decisive"])
+        shown = f"{decisive}; aside: {aside}" if aside else decisive
         title = f"[{record['title']}]({link}#{_anchor(record['title'])})"
         lines.append(f"| {title} | **{record['verdict']}** | {shown} |")
     return "\n".join(lines)
+
+
+def _counts(findings: Iterable[Mapping[str, Any]]) -> str:
+    """How many findings have each verdict, such as '2 reproduced, 1 not resolved'."""
+    found = [finding["verdict"] for finding in findings]
+    counts = {verdict: found.count(verdict) for verdict in Verdict}
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
 
 
 def _side(result: SideResult) -> dict[str, Any]:
@@ -145,7 +155,7 @@ def _section(record: Mapping[str, Any]) -> str:
     """Of one claim, in Markdown."""
     parts = [
         f"## {record['title']}",
-        f"**{record['verdict'].capitalize()}.**",
+        _verdict(record),
         record["statement"],
         f"![{record['title']}]({record['name']}.png)",
         _findings(record["findings"]),
@@ -156,6 +166,17 @@ def _section(record: Mapping[str, Any]) -> str:
         parts += ["Runs:", _sides(record["sides"])]
     parts.append(_provenance(record))
     return "\n\n".join(parts)
+
+
+def _verdict(record: Mapping[str, Any]) -> str:
+    """In words, with the findings that contradict."""
+    verdict = f"**{record['verdict'].capitalize()}.**"
+    contradicted = [
+        f'"{finding["statement"]}"'
+        for finding in record["findings"]
+        if finding["decisive"] and finding["verdict"] == Verdict.CONTRADICTED
+    ]
+    return f"{verdict} By: {'; '.join(contradicted)}." if contradicted else verdict
 
 
 def _findings(findings: Sequence[Mapping[str, str]]) -> str:
@@ -179,12 +200,13 @@ def _sides(sides: Sequence[Mapping[str, Any]]) -> str:
         grid = side["validation_loss_by_learning_rate"]
         tried = f"{side['learning_rate']:g}" + (f" of {', '.join(grid)}" if grid else "")
         rows.append([
-            side["name"], describe(losses), tried, f"{side['parameters'] / 1e6:.2f} M",
+            side["name"], describe(losses), tried, f"{side['steps']:,}",
+            f"{side['parameters'] / 1e6:.2f} M",
             f"{side['algorithmic_flops'] / 1e12:.2f}", f"{side['executed_flops'] / 1e12:.2f}",
             f"{sum(side['seconds']) / len(side['seconds']):.0f} s", f"`{side['config']}`",
         ])  # fmt: skip
     columns = [
-        "side", "test loss", "learning rate", "parameters", "algorithmic TFLOPs of a run",
+        "side", "test loss", "learning rate", "steps", "parameters", "algorithmic TFLOPs of a run",
         "executed TFLOPs", "time of a run", "config",
     ]  # fmt: skip
     return _table(columns, rows)
@@ -199,8 +221,17 @@ def _provenance(record: Mapping[str, Any]) -> str:
         else ""
     )
     data = f"; {', '.join(record['datasets'])}" if record["datasets"] else ""
-    commits = ", ".join(commit[:12] for commit in record["commits"])
-    return f"{of_runs}{record['hardware']}; commit {commits}{data}.\n\nAlone: `{record['command']}`"
+    trained = f"trained with commit {', '.join(map(_short, record['commits']))}, " if seeds else ""
+    return (
+        f"{of_runs}{record['hardware']}; {trained}judged with commit {_short(record['judged_by'])}"
+        f"{data}.\n\nAlone: `{record['command']}`"
+    )
+
+
+def _short(commit: str) -> str:
+    """The first digits of a commit, and '+changes' if it has that."""
+    digits, plus, changes = commit.partition("+")
+    return digits[:12] + plus + changes
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -165,6 +165,6 @@ def _needs(
         return f"a difference above {margin:g}, which the claim means; more {over} show none"
     deviation = math.hypot(*(x.std(ddof=1) if x.size > 1 else 0.0 for x in (first, second)))
     values = math.ceil((STANDARD_ERRORS * deviation / size) ** 2) if size else math.inf
-    if values > 1000:
-        return f"more than 1,000 {over} for a difference this small"
-    return f"about {values} {over} for a difference this small"
+    against = " (it is against the claim)" if difference < 0 else ""
+    number = "more than 1,000" if values > 1000 else f"about {values}"
+    return f"{number} {over} for a difference of this size{against}"

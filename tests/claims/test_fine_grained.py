@@ -27,6 +27,7 @@ QUALITY = {  # 0 for GShard, 1 for DeepSeekMoE; OLMoE's sides as OLMoE has them.
     fine_grained.COARSE_SHARED: 0.3,
     fine_grained.HALVES: 0.8,
     fine_grained.HALVES_SHARED: 0.6,
+    fine_grained.HALVES_TWO_SHARED: 0.6,
     fine_grained.QUARTERS: 0.9,
     fine_grained.DEEPSEEK: 1.0,
     fine_grained.TWO_SHARED: 1.0,

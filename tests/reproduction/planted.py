@@ -75,7 +75,9 @@ def main() -> None:
     claims = [broken(own), own]
     plans = [plan for claim in claims for plan in suite.plans_of(claim, Profile.CPU, workdir)]
     print(*suite.run_all(plans, processes=2).values(), sep="\n")
-    conditions = report.Conditions("cpu", "a machine", 2, ["0123"], ["python_library"])
+    conditions = report.Conditions(
+        "cpu", "a machine", 2, ["0123"], "4567+changes", ["python_library"]
+    )
     for claim in claims:
         results = suite.results_of(claim, Profile.CPU, workdir)
         if results is not None:

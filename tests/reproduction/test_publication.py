@@ -92,3 +92,8 @@ def test_a_report_of_one_claim_leaves_the_others(tmp_path):
 def test_a_folder_without_a_report_is_named(tmp_path):
     with pytest.raises(UserError, match=f"report={tmp_path} has no claim's JSON file"):
         publication.publish(tmp_path, tmp_path)
+
+
+def test_findings_aside_are_counted_apart(records):
+    table = report.verdict_table([records["priority"]])
+    assert table.endswith("| 2 not resolved; aside: 1 reproduced |")

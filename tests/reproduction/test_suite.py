@@ -94,7 +94,9 @@ def test_the_report_has_everything(suites):
     workdir, *_ = suites
     markdown = (workdir / "report/report.md").read_text()
     for part in (
-        "**Contradicted.**",
+        "**Contradicted.** By: ",
+        "| steps |",
+        "trained with commit 0123, judged with commit 4567+changes",
         "![Learning",
         "planted.png",
         "python_library",

@@ -48,9 +48,11 @@ def test_not_resolved_says_how_many_seeds_it_would_take():
     """Deviation 1 on both sides and a difference of 0.1: 2 sqrt(2 / n) < 0.1 from n = 800 on."""
     finding = compare("", "", [-1.0, 0.0, 1.0], [-1.1, -0.1, 0.9])
     assert finding.verdict == Verdict.NOT_RESOLVED
-    assert finding.needs == "about 800 seeds for a difference this small"
+    assert finding.needs == "about 800 seeds for a difference of this size"
     assert compare("", "", [1.0, 1.0], [2.0, 2.0]).needs == ""
     assert "more than" in compare("", "", [-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0001]).needs
+    opposite = compare("", "", [-1.1, -0.1, 0.9], [-1.0, 0.0, 1.0])
+    assert opposite.needs == f"{finding.needs} (it is against the claim)"
 
 
 def test_diverged_runs_are_worse_than_all_others():
