@@ -411,7 +411,7 @@ def _draw_papers(axes: Axes) -> None:
     axes.set(
         xlabel="MaxViolation",
         ylabel="loss above the paper's best (nats)",
-        title="What the papers print\n(points from right to left as named)",
+        title="What the papers print\n(right to left as named)",
     )
     axes.legend(fontsize=6, loc="upper left")
 
