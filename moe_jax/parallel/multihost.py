@@ -22,8 +22,8 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
 
@@ -158,7 +158,7 @@ def check_same(what: str, text: str) -> None:
       UserError: on every process, if one differs from process 0.
     """
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    digests = multihost_utils.process_allgather(digest[None], tiled=True)
+    digests = _of_all(digest)
     differing = np.flatnonzero((digests != digests[0]).any(axis=1))
     if differing.size:
         raise UserError(
@@ -184,13 +184,37 @@ def by_first_process(action: Callable[[], int | None]) -> int:
             result = action() or 0
         except Exception as error:  # Whatever it is, the others wait for a word.
             failure = error
-    outcome = np.array([failure is not None, result], np.int32)
-    failed, result = multihost_utils.broadcast_one_to_all(outcome).tolist()
+    failed, result = _of_all(np.array([failure is not None, result], np.int32))[0].tolist()
     if failure is not None:
         raise failure
     if failed:
         raise UserError("process 0 cannot go on, and its last line says why.")
     return result
+
+
+def wait_for_all() -> None:
+    """Returns when every process has called it."""
+    _of_all(np.zeros(1, np.int32))
+
+
+def _of_all(mine: np.ndarray) -> np.ndarray:
+    """What every process gives, in equal shapes, under a new first axis of processes."""
+    if jax.process_count() == 1:
+        return mine[None]
+    devices = np.array(jax.devices()).reshape(jax.process_count(), jax.local_device_count())
+    mesh = Mesh(devices, ("process", "local_device"))
+    sharding = NamedSharding(mesh, P("process"))
+    everyone = jax.make_array_from_process_local_data(sharding, mine[None])
+    with jax.set_mesh(mesh):
+        everywhere = jax.jit(_itself, out_shardings=P())(everyone)
+    # On all devices, where JAX's `process_allgather` waits for the first only: a process that exits
+    # while gloo connects its other devices leaves those of the other processes waiting in JAX's
+    # clean-up (6 of 130 programs that end here, on 2 busy cores; 0 of 140 with this line).
+    return np.asarray(jax.block_until_ready(everywhere).addressable_data(0))
+
+
+def _itself(array: jax.Array) -> jax.Array:
+    return array  # A name at the top level, so that JAX compiles it once.
 
 
 def only_first_informs() -> None:

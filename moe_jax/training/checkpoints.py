@@ -27,7 +27,6 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
 from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
@@ -120,7 +119,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._on_stage(Stage.DONE, step)
             self._retire(step)
-        _wait_for_all_processes(f"checkpoint {step} saved")
+        multihost.wait_for_all()
 
     def newest_good(self) -> int | None:
         """Newest step of which every file agrees with the manifest; None if there is none to use.
@@ -378,11 +377,6 @@ def _reason(error: Exception) -> str:
 
 def _step_or_none(step: int | None) -> str:
     return "none" if step is None else f"step {step}"
-
-
-def _wait_for_all_processes(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def _is_not_from_orbax(record: LogRecord) -> bool:

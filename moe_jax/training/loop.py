@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -274,7 +273,7 @@ def train(
             metrics.read(workdir), config.model.moe_layers, str(workdir), workdir / "report.png"
         )
     # Process 0 may draw for longer than its absence at the exit would be put up with.
-    multihost_utils.sync_global_devices("report written")
+    multihost.wait_for_all()
     return metrics.read(workdir)
 
 
