@@ -20,7 +20,7 @@ from moe_jax.analysis import routing_report
 from moe_jax.data.interface import Pipeline
 from moe_jax.errors import UserError
 from moe_jax.training import metrics
-from moe_jax.training.loop import Evaluator
+from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.observation import routing_statistics
 from moe_jax.training.trained import Trained
 

@@ -27,7 +27,7 @@ from moe_jax.analysis.hlo import Program
 from moe_jax.analysis.profile import ByDirection, Flops
 from moe_jax.parallel.mesh import parse_mesh
 from moe_jax.training import provenance
-from moe_jax.training.loop import Run, signals_of
+from moe_jax.training.run import Run, signals_of
 
 _CONFIG = command_line.define_config()
 _MESH = flags.DEFINE_string("mesh", "", "Such as data:2,expert:4; default: the config's.")

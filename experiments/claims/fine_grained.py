@@ -32,7 +32,7 @@ from moe_jax.reproduction.verdicts import Finding, compare, describe
 from moe_jax.routing.assignment import RouterInputs
 from moe_jax.routing.losses import Losses
 from moe_jax.routing.token_choice import TopK
-from moe_jax.training.loop import Run
+from moe_jax.training.run import Run
 from moe_jax.training.trained import Trained
 
 EXPERTS, CHOICES = 16, 2
@@ -144,14 +144,14 @@ COLORS = {
 STATEMENT = """
 DeepSeekMoE splits each of a GShard model's 16 experts, of which 2 serve a token, into 4 narrow ones,
 and lets every token visit one of these: total and activated parameters stay the same, and the loss
-falls from 1.867 to 1.808 (Table 1), that of a GShard model with experts 1.5 times as wide (1.808, Table
-2). Its Figure 3 takes the steps one by one: a shared expert helps, and so does splitting by 2 and by 4;
-1, 2 and 4 shared experts of 64 give 1.808, 1.806 and 1.811 (section 4.4). As a sign of specialisation it disables
-experts of the trained model: without the shared expert, and with one routed expert more in its place,
-the loss is 2.414; without the most probable experts of each token it loses more than the wider GShard
-model (Figure 4); and 4 routed experts of the 7 are enough for GShard's loss (Figure 5). Shared
-experts are contested: in OLMoE (Figure 6; the setting as remembered) 31 routed experts and a shared one,
-4 of them activated, do slightly worse than 32 routed ones with 4.
+falls from 1.867 to 1.808 (Table 1), that of a GShard model with experts 1.5 times as wide (1.808,
+Table 2). Its Figure 3 takes the steps one by one: a shared expert helps, and so does splitting by 2
+and by 4; 1, 2 and 4 shared experts of 64 give 1.808, 1.806 and 1.811 (section 4.4). As a sign of
+specialisation it disables experts of the trained model: without the shared expert, and with one
+routed expert more in its place, the loss is 2.414; without the most probable experts of each token it
+loses more than the wider GShard model (Figure 4); and 4 routed experts of the 7 are enough for
+GShard's loss (Figure 5). Shared experts are contested: in OLMoE (Figure 6; the setting as remembered)
+31 routed experts and a shared one, 4 of them activated, do slightly worse than 32 routed ones with 4.
 
 Here the routed experts of all sides have softmax gates without renormalisation, as DeepSeekMoE's;
 GShard renormalises its two. All have the expert-level balancing loss of 0.01 and no capacity limit, so

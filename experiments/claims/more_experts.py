@@ -47,15 +47,17 @@ dense model of 15M has 3.162 and S-BASE models of the same size have 2.986, 2.75
 and ST-MoE little beyond 256.
 
 Here a dense decoder and its twins with E = 2 to 32 experts in every second block (Switch's router,
-top-1, balancing loss 0.001) read the same bytes in the same order; each has its own learning rate from
-the same grid. Unlike the papers' models these are small and see few bytes; no token is dropped; router
-weights begin larger than theirs, so that logits begin as large as those of wider models, and gates are
-multiplied by sqrt(2 E). The step speed-up is the steps of the dense twin over the steps after which a
-model has the validation loss that the dense twin of the same seed ends with: between two evaluations the loss is taken to be linear in the logarithm of the step, and a model
-that never has that loss counts as 0. The learning rate falls by a cosine until the end of a run, so
-that a model on its way is not at its best, where the inverse square root that Switch uses is the same
-for any length: the speed-up is rather too small. The slope is that of a straight line, fitted by least
-squares to the six test losses of a seed against log2 E (to the papers' likewise), with the dense twin at E = 1.
+top-1, balancing loss 0.001) read the same bytes in the same order; each has its own learning rate
+from the same grid. Unlike the papers' models these are small and see few bytes; no token is dropped;
+router weights begin larger than theirs, so that logits begin as large as those of wider models, and
+gates are multiplied by sqrt(2 E). The step speed-up is the steps of the dense twin over the steps
+after which a model has the validation loss that the dense twin of the same seed ends with: between
+two evaluations the loss is taken to be linear in the logarithm of the step, and a model that never
+has that loss counts as 0. The learning rate falls by a cosine until the end of a run, so that a model
+on its way is not at its best, where the inverse square root that Switch uses is the same for any
+length: the speed-up is rather too small. The slope is that of a straight line, fitted by least
+squares to the six test losses of a seed against log2 E (to the papers' likewise), with the dense twin
+at E = 1.
 """
 
 

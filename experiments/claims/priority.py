@@ -56,9 +56,9 @@ google-research/vmoe, issue 49); no paper prints a figure of it.
 Priority lets later tokens decide about earlier ones, so it is tested on an objective that may look
 ahead: a bidirectional model predicts the 30% of the bytes that are masked. All of them, and the other
 bytes, compete for the same slots; training and evaluation have the same factor. With top-1 both
-priorities are the same order, so assignment-level priority is tested with top-2, where gates
-are multiplied by half as much. ST-MoE's model is an encoder-decoder that predicts spans and has no priority in
-its decoder; ours has 8 experts and runs short.
+priorities are the same order, so assignment-level priority is tested with top-2, where gates are
+multiplied by half as much. ST-MoE's model is an encoder-decoder that predicts spans and has no
+priority in its decoder; ours has 8 experts and runs short.
 """
 
 

@@ -49,13 +49,14 @@ in hours of training, and needs less communication for it.
 
 Here all sides have the same 8 experts, data, grid of learning rates and one expert for each token;
 none has a capacity limit, so that an uneven router loses speed and no token, and executes the FLOPs
-of a balanced one. Switch has a balancing loss of 0.001 (in its paper 0.01) and gates times sqrt(2 E), so that they start near
-the 1 that hashes and random draws have; BASE's gate is a sigmoid, which starts at 1/2. Learned routers
-begin with weights of the same size. Hashes are of single bytes; the random table is one draw, the same for all seeds, and Clark et al. hash ids of 32,000
-subwords. Random draws are not trained to agree as THOR's are, which would run the model twice. BASE and
-S-BASE match the tokens of a group in training, and so look ahead; in evaluation every token takes its
-best expert, which does not. BASE's auction stops at 0.1 of the largest difference of scores, to be
-affordable. The findings on Switch are decisive although the literature is divided: so they were declared.
+of a balanced one. Switch has a balancing loss of 0.001 (in its paper 0.01) and gates times sqrt(2 E),
+so that they start near the 1 that hashes and random draws have; BASE's gate is a sigmoid, which
+starts at 1/2. Learned routers begin with weights of the same size. Hashes are of single bytes; the
+random table is one draw, the same for all seeds, and Clark et al. hash ids of 32,000 subwords. Random
+draws are not trained to agree as THOR's are, which would run the model twice. BASE and S-BASE match
+the tokens of a group in training, and so look ahead; in evaluation every token takes its best expert,
+which does not. BASE's auction stops at 0.1 of the largest difference of scores, to be affordable. The
+findings on Switch are decisive although the literature is divided: so they were declared.
 
 Why hashes may do better here than in large models is a guess, made after the runs: a hash divides the
 tokens from the first step on, where a learned router has to find its division while the experts train

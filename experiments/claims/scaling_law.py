@@ -80,22 +80,22 @@ saturates at E_max. b < 0 means that experts help, and c > 0 that they help a la
 size N_cutoff = 10^(-b/c) not at all. The coefficients of their Table 3 and the cutoffs of 937, 85 and
 83 billion are taken from notes of others who quote them with all digits, and were not read in the paper.
 
-Nothing is trained for the fit: it is made to [the authors' data]({URL}) (CC-BY 4.0), which the command
-verifies by sha256 {SHA256[:12]}. Models, losses and law are those of the authors' notebook: every other
-block is routed, one expert for each token, seed 42, the loss on a held-out part of the training data
-after 249,000 steps, dense models as E = 1 for every router. So the dense model of 130M, whose seeds are
-others, is left out. The fit is least squares of log10 L. The errors are bootstrapped: 95% of {SAMPLES}
-fits to resampled models are in the interval, and a quarter of its width is the standard error.
-Models of one size are not independent, so that the intervals are rather too narrow. E_start and E_max
-are compared as log2, which is what the notebook fits. The coefficients depend on each other: each may
-be in its interval although all together fit worse than the refit, as the last column shows; the three
-decimals of Table 3 alone move log10 L by up to 0.01. So "reproduced" means that the authors' data agree
-with their Table 3 within wide intervals, by their own law. Dense models are in the fit without
-saturation, too, which brings its b nearer to 0 than a fit of the routed models alone. The law comes from one budget of 130 billion tokens;
-later work that trains longer finds that experts keep helping large models (as remembered, Krajewski et
-al.), so that a cutoff is not to be extrapolated. The last panel has the test losses of claim
-more_experts: bytes instead of subwords and models of less than 1M, far outside the
-fitted sizes.
+Nothing is trained for the fit: it is made to [the authors' data]({URL}) (CC-BY 4.0), which the
+command verifies by sha256 {SHA256[:12]}. Models, losses and law are those of the authors' notebook:
+every other block is routed, one expert for each token, seed 42, the loss on a held-out part of the
+training data after 249,000 steps, dense models as E = 1 for every router. So the dense model of 130M,
+whose seeds are others, is left out. The fit is least squares of log10 L. The errors are bootstrapped:
+95% of {SAMPLES} fits to resampled models are in the interval, and a quarter of its width is the
+standard error. Models of one size are not independent, so that the intervals are rather too narrow.
+E_start and E_max are compared as log2, which is what the notebook fits. The coefficients depend on
+each other: each may be in its interval although all together fit worse than the refit, as the last
+column shows; the three decimals of Table 3 alone move log10 L by up to 0.01. So "reproduced" means
+that the authors' data agree with their Table 3 within wide intervals, by their own law. Dense models
+are in the fit without saturation, too, which brings its b nearer to 0 than a fit of the routed models
+alone. The law comes from one budget of 130 billion tokens; later work that trains longer finds that
+experts keep helping large models (as remembered, Krajewski et al.), so that a cutoff is not to be
+extrapolated. The last panel has the test losses of claim more_experts: bytes instead of subwords and
+models of less than 1M, far outside the fitted sizes.
 """
 
 

@@ -97,8 +97,9 @@ on a CPU each of 16 patches of a garment that is always centred, in the paper ea
 of all sorts of photographs.
 
 Expert choice against token choice is contested: its authors find it better than top-2 and twice as
-fast in steps, Soft MoE finds it better than token choice on images (Figure 3), and OLMoE (its Figure 7) finds for text that token choice
-without drops is better. No finding compares the two; the table shows both.
+fast in steps, Soft MoE finds it better than token choice on images (Figure 3), and OLMoE (its Figure
+7) finds for text that token choice without drops is better. No finding compares the two; the table
+shows both.
 """.strip()
 
 

@@ -29,7 +29,7 @@ from moe_jax.pods.hardware import Topology
 from moe_jax.pods.report import GIB, CollectiveSum, Memory, PodReport, Terms
 from moe_jax.pods.roofline import collective_seconds, roofline
 from moe_jax.training.experiment import Experiment
-from moe_jax.training.loop import Run
+from moe_jax.training.run import Run
 
 _LOG = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from moe_jax.configuration import changed
-from moe_jax.training.loop import Evaluator, Run
+from moe_jax.training.evaluator import Evaluator
+from moe_jax.training.run import Run
 from moe_jax.training.trained import Trained
 
 

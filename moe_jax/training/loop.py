@@ -4,7 +4,6 @@ With several processes, which must share the run's folder, every process calls e
 Process 0 alone reads what decides how to go on, and writes everything but the checkpoints' arrays.
 """
 
-import dataclasses
 import functools
 import json
 import logging
@@ -17,9 +16,7 @@ from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from moe_jax import configuration
@@ -27,21 +24,13 @@ from moe_jax.analysis import figures
 from moe_jax.data.interface import Pipeline
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import UserError
-from moe_jax.models.definition import ModelDefinition
 from moe_jax.parallel import multihost
-from moe_jax.parallel.mesh import AXES, TOKEN_AXES, force_host_devices, make_mesh
-from moe_jax.tasks.task import Batch
 from moe_jax.training import experiment, metrics, provenance
 from moe_jax.training.checkpoints import Checkpoints, Stage
+from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.experiment import Experiment
-from moe_jax.training.state import (
-    TrainState,
-    abstract_state,
-    initial_state,
-    state_shapes,
-    state_shardings,
-)
-from moe_jax.training.step import evaluation_step, noise_key, train_step
+from moe_jax.training.run import Run, signals_of
+from moe_jax.training.state import TrainState
 from moe_jax.training.traced_steps import StepTracer
 
 _LOG = logging.getLogger(__name__)
@@ -61,160 +50,6 @@ class DivergedError(UserError):
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
         self.step = step
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A built run: mesh, model and optimizer, before any step.
-
-    Attributes:
-      config: the validated config.
-      mesh: the device mesh.
-      definition: the model without numbers.
-      optimizer: optax transformation.
-      shapes, shardings: of the TrainState.
-    """
-
-    config: Experiment
-    mesh: Mesh
-    definition: ModelDefinition
-    optimizer: Any
-    shapes: TrainState
-    shardings: TrainState
-
-    @classmethod
-    def build(cls, config: Experiment) -> "Run":
-        """Validates the config and makes the mesh and the model's definition.
-
-        Raises:
-          UserError: the config cannot work on these devices.
-        """
-        config.validate()
-        experiment.check_can_be_rebuilt(config)
-        force_host_devices(config.mesh.host_devices)
-        mesh = make_mesh(config.mesh)
-        multihost.check_mesh(mesh)
-        multihost.only_first_informs()
-        return cls.on(config, mesh)
-
-    @classmethod
-    def on(cls, config: Experiment, mesh: Mesh) -> "Run":
-        """Makes the definition of a validated config for a mesh, whose devices need not be here.
-
-        Raises:
-          UserError: the mesh does not divide a parameter.
-        """
-        definition = ModelDefinition.of(config.model)
-        optimizer = config.optimizer.build(config.steps, definition.axes)
-        shapes = state_shapes(definition, optimizer)
-        shardings = state_shardings(definition, optimizer, mesh, config.mesh.fsdp_min_size)
-        return cls(config, mesh, definition, optimizer, shapes, shardings)
-
-    def initial_state(self) -> TrainState:
-        """Step 0."""
-        return initial_state(self.config.model, self.optimizer, self.config.seed, self.shardings)
-
-    @functools.cached_property
-    def train_step(self) -> Any:
-        """The jitted step (state, batch, signals, key data) -> (state, metrics).
-
-        It takes over the state. `signals` are those of `signals_of`, the key data `noise_key_data`;
-        metrics are whole on every device.
-        """
-        config = self.config
-        one_step = train_step(
-            self.definition,
-            config.task,
-            self.optimizer,
-            config.skip_nonfinite,
-            config.microbatches,
-        )
-
-        def step(
-            state: TrainState, batch: Batch, signals: jax.Array, key_data: jax.Array
-        ) -> tuple[TrainState, Any]:
-            state, step_metrics = one_step(state, batch, jax.random.wrap_key_data(key_data))
-            return state, {**step_metrics, "signal": signals.max()}
-
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, _whole(self.mesh)))
-
-    @functools.cached_property
-    def noise_key_data(self) -> jax.Array:
-        """uint32, of the key of dropout and router noise."""
-        data = np.asarray(jax.random.key_data(noise_key(self.config.seed)))
-        return jax.make_array_from_callback(data.shape, _whole(self.mesh), lambda _: data)
-
-    def abstract_arguments(
-        self,
-    ) -> tuple[TrainState, dict[str, Any], jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """What `train_step` is called with: shapes and shardings in place of arrays."""
-        rows = NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES))
-        batch = {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
-            for name, array in self.config.data.batch_shapes.items()
-        }
-        signals = jax.ShapeDtypeStruct(
-            (self.mesh.size,), np.int32, sharding=NamedSharding(self.mesh, PartitionSpec(AXES))
-        )
-        key_data = jax.eval_shape(lambda: jax.random.key_data(noise_key(0)))
-        key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=_whole(self.mesh))
-        return abstract_state(self.shapes, self.shardings), batch, signals, key_data
-
-    def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
-        """The state of a checkpoint, laid out for this run's mesh."""
-        return checkpoints.restore(step, abstract_state(self.shapes, self.shardings))
-
-    def put(self, rows: Callable[[int, int], dict[str, np.ndarray]], count: int) -> dict[str, Any]:
-        """Makes global arrays of `count` rows; each process reads only its devices' rows.
-
-        Args:
-          rows: (start, stop) -> these rows of the global batch.
-          count: rows of the global batch.
-        """
-        sharding = NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES))
-        read = functools.cache(rows)  # Devices along `model` ask for the same rows.
-
-        def global_array(name: str, example: np.ndarray) -> jax.Array:
-            def shard(index: Any) -> np.ndarray:
-                start, stop, _ = index[0].indices(count)
-                return read(start, stop)[name]
-
-            return jax.make_array_from_callback((count, *example.shape[1:]), sharding, shard)
-
-        return {name: global_array(name, example) for name, example in rows(0, 1).items()}
-
-    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Makes global arrays of a batch that every process has whole."""
-
-        def rows(start: int, stop: int) -> dict[str, np.ndarray]:
-            return {name: values[start:stop] for name, values in batch.items()}
-
-        return self.put(rows, self.config.data.batch_size)
-
-
-class Evaluator:
-    """What a run's task measures on held-out data, in total and per domain."""
-
-    def __init__(self, run: Run, data: Pipeline, split: str, batches: int) -> None:
-        self._run, self._domains = run, data.domains
-        self._batches = data.held_out_batches(split, batches)
-        step = evaluation_step(run.definition, run.config.task, len(data.domains))
-        self._step = jax.jit(step, out_shardings=_whole(run.mesh))
-
-    def __call__(self, parameters: Any, variables: Any) -> metrics.Record:
-        """`eval/<metric>`, the mean over all that is held out, and `eval/<metric>/<domain>`."""
-        totals: dict[str, np.ndarray] = {}
-        for batch in self._batches:
-            placed = self._run.put_batch(batch)
-            for name, sums in jax.device_get(self._step(parameters, variables, placed)).items():
-                totals[name] = totals.get(name, 0) + np.asarray(sums, np.float64)
-        record = {}
-        for name, (sums, counts) in totals.items():
-            record[f"eval/{name}"] = float(sums.sum() / counts.sum())
-            for domain, total, count in zip(self._domains, sums, counts, strict=True):
-                if count:
-                    record[f"eval/{name}/{domain}"] = float(total / count)
-        return record
 
 
 def train(
@@ -326,11 +161,6 @@ def _evaluate_finished(
 
 def _first_process() -> bool:
     return jax.process_index() == 0
-
-
-def _whole(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device: only then can each process read it."""
-    return NamedSharding(mesh, PartitionSpec())
 
 
 def _write_config(
@@ -505,22 +335,6 @@ class _Clock:
             "time/step_ms": 1e3 * seconds / self._steps,
             "time/call_returns_ms": 1e3 * self._in_calls / self._steps,
         }
-
-
-def signals_of(mesh: Mesh, number: int) -> jax.Array:
-    """[devices] int32: the signal that the process of each device has received, 0 for none.
-
-    A step returns the largest, so that all processes learn of it from the same step, at the cost of
-    one all-reduce of an integer and no waiting.
-
-    Args:
-      mesh: of the run.
-      number: for the devices of this process; other processes give theirs.
-    """
-    sharding = NamedSharding(mesh, PartitionSpec(AXES))
-    return jax.make_array_from_callback(
-        (mesh.size,), sharding, lambda _: np.array([number], np.int32)
-    )
 
 
 @contextmanager

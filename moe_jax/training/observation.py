@@ -15,7 +15,7 @@ from moe_jax.routing import tallies
 from moe_jax.routing.assignment import Mean, Routing, TokenAssignment
 from moe_jax.routing.tallies import Summary, Tallies
 from moe_jax.tasks.task import Batch, ObservedLayer
-from moe_jax.training.loop import Run
+from moe_jax.training.run import Run
 from moe_jax.training.trained import Trained
 
 Observed = dict[int | str, ObservedLayer]

@@ -13,7 +13,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import parse_mesh
 from moe_jax.training import experiment
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.loop import Run
+from moe_jax.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)

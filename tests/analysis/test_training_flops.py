@@ -34,7 +34,7 @@ from moe_jax.tasks.image_classification import ImageClassification
 from moe_jax.tasks.language_modeling import LanguageModeling
 from moe_jax.tasks.text_to_text import TextToText
 from moe_jax.training.experiment import Experiment
-from moe_jax.training.loop import Run
+from moe_jax.training.run import Run
 
 ONE = dict.fromkeys(AXES, 1)
 SIZES = {"num_layers": 2, "width": 64, "num_heads": 2, "head_width": 32, "mlp_width": 96}

@@ -14,8 +14,8 @@ from moe_jax.reproduction.claim import Profile
 from moe_jax.reproduction.results import FinishedRun
 from moe_jax.reproduction.verdicts import Verdict, overall
 from moe_jax.training.experiment import Evaluation
-from moe_jax.training.loop import Run
 from moe_jax.training.observation import routing_statistics
+from moe_jax.training.run import Run
 from moe_jax.training.trained import Trained
 from tests.reproduction.synthetic import synthetic_results
 from tests.tiny import tiny_config

@@ -19,9 +19,9 @@ from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.service import ServiceOrder
 from moe_jax.routing.token_choice import VMoE
 from moe_jax.tasks.image_classification import ImageClassification
-from moe_jax.training import loop
 from moe_jax.training.experiment import Evaluation, Experiment
 from moe_jax.training.optimizers import AdamW
+from moe_jax.training.run import Run
 from moe_jax.training.trained import Trained
 from tests.reproduction.synthetic import synthetic_results
 
@@ -151,7 +151,7 @@ def trained(tmp_path_factory) -> Trained:
         optimizer=AdamW(),
         evaluation=Evaluation(every=2, batches=2),
     )
-    run = loop.Run.build(config)
+    run = Run.build(config)
     state = run.initial_state()
     # As if trained: the head starts at 0, with which all images are of the first class.
     parameters = jax.tree.map(

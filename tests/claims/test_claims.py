@@ -20,7 +20,10 @@ def claim_of(name: str) -> Claim:
 
 
 def measurements() -> list[Measurement]:
-    sides = [side for name in NAMES for side in claim_of(name).sides(Profile.CPU)]
+    """Of all sides of all claims, in both profiles."""
+    sides = [
+        side for name in NAMES for profile in Profile for side in claim_of(name).sides(profile)
+    ]
     return [measurement for side in sides for measurement in side.measurements]
 
 

@@ -1,7 +1,6 @@
 """Claim 6: what it says of planted effects, its totals, and its measurements of a trained run."""
 
 import dataclasses
-import pickle
 
 import jax
 import jax.numpy as jnp
@@ -76,11 +75,16 @@ def test_runs_that_diverged_count_as_worst():
 
 
 @pytest.mark.parametrize("profile", Profile)
-def test_configs_are_valid(profile):
+def test_sides_have_the_experts_that_their_names_count(profile):
+    """Split, 16 experts of which a token visits 2 stay as wide and as many to a token."""
     for side in fine_grained.sides(profile):
-        config = side.config(1e-3, 0)
-        config.validate()
-        pickle.loads(pickle.dumps(side.measurements))
+        model = side.config(1e-3, 0).model
+        routed, *shared = map(int, side.name.rpartition(":")[-1].split("+"))
+        assert (model.num_experts, model.moe.shared_experts) == (routed, sum(shared)), side.name
+        segments = (routed + sum(shared)) // 16
+        assert model.moe.router.choices + sum(shared) == 2 * segments, side.name
+        widening = 1.5 if side.name == fine_grained.WIDER_GSHARD else 1
+        assert model.expert_width * segments == model.mlp_width * widening, side.name
 
 
 @pytest.mark.parametrize("profile", Profile)

@@ -9,7 +9,7 @@ from moe_jax.layers.moe import MoEConfig
 from moe_jax.routing.noisy_top_k import HierarchicalNoisyTopK
 from moe_jax.training import experiment, loop
 from moe_jax.training.experiment import Evaluation
-from moe_jax.training.loop import Run
+from moe_jax.training.run import Run
 from moe_jax.training.trained import Trained
 
 

@@ -9,7 +9,7 @@ from configs.tiny import soft_moe, vision
 from moe_jax.data.sources import prepare_dataset
 from moe_jax.training import experiment, loop
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.loop import Run
+from moe_jax.training.run import Run
 from moe_jax.training.trained import Trained
 
 STEPS = 100

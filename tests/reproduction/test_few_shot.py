@@ -15,9 +15,9 @@ from moe_jax.layers.mode import Mode
 from moe_jax.models.vision import VisionConfig
 from moe_jax.reproduction.few_shot import NewClasses, features, few_shot, ridge_accuracies
 from moe_jax.tasks.image_classification import ImageClassification, pixels
-from moe_jax.training import loop
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.optimizers import AdamW
+from moe_jax.training.run import Run
 from moe_jax.training.trained import Trained
 from tests.tiny import tiny_config
 
@@ -98,7 +98,7 @@ def trained(tmp_path_factory) -> Trained:
         data=ImageData(dataset=str(builder.data_path), image_size=8, num_classes=4, batch_size=8),
         optimizer=AdamW(),
     )
-    run = loop.Run.build(config)
+    run = Run.build(config)
     state = run.initial_state()
     # The head starts at 0, with which all images are of the first class.
     head = {

@@ -14,7 +14,7 @@ import pytest
 
 from moe_jax.training import experiment, loop, metrics
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.loop import Run
+from moe_jax.training.run import Run
 from tests.training.one_block import get_config
 
 ROOT = pathlib.Path(__file__).parents[2]

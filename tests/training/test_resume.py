@@ -15,7 +15,7 @@ import pytest
 
 from moe_jax.training import loop, metrics
 from moe_jax.training.checkpoints import Checkpoints, Stage
-from moe_jax.training.loop import Run
+from moe_jax.training.run import Run
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -24,8 +24,8 @@ from moe_jax.tasks.masked_language_modeling import MaskedLanguageModeling
 from moe_jax.training import loop
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.experiment import Checkpointing, Evaluation, Experiment, Logging
-from moe_jax.training.loop import Run
 from moe_jax.training.optimizers import AdamW
+from moe_jax.training.run import Run
 
 STEPS, E, LENGTH, ROWS = 200, 8, 64, 16
 

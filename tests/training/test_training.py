@@ -16,8 +16,9 @@ from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.routing.deepseek import DeepSeekV3
 from moe_jax.training import experiment, loop
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.loop import Evaluator, Run
+from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.optimizers import Schedule
+from moe_jax.training.run import Run
 from moe_jax.training.step import noise_key
 from moe_jax.training.trained import Trained
 from tests.tiny import tiny_config

@@ -1,0 +1,36 @@
+"""Metrics of a run's task on held-out data."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.data.interface import Pipeline
+from moe_jax.training import metrics
+from moe_jax.training.run import Run
+from moe_jax.training.step import evaluation_step
+
+
+class Evaluator:
+    """What a run's task measures on held-out data, in total and per domain."""
+
+    def __init__(self, run: Run, data: Pipeline, split: str, batches: int) -> None:
+        self._run, self._domains = run, data.domains
+        self._batches = data.held_out_batches(split, batches)
+        step = evaluation_step(run.definition, run.config.task, len(data.domains))
+        self._step = jax.jit(step, out_shardings=run.replicated)
+
+    def __call__(self, parameters: Any, variables: Any) -> metrics.Record:
+        """`eval/<metric>`, the mean over all that is held out, and `eval/<metric>/<domain>`."""
+        totals: dict[str, np.ndarray] = {}
+        for batch in self._batches:
+            placed = self._run.put_batch(batch)
+            for name, sums in jax.device_get(self._step(parameters, variables, placed)).items():
+                totals[name] = totals.get(name, 0) + np.asarray(sums, np.float64)
+        record = {}
+        for name, (sums, counts) in totals.items():
+            record[f"eval/{name}"] = float(sums.sum() / counts.sum())
+            for domain, total, count in zip(self._domains, sums, counts, strict=True):
+                if count:
+                    record[f"eval/{name}/{domain}"] = float(total / count)
+        return record

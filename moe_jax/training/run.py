@@ -1,0 +1,176 @@
+"""A config built for a mesh: the model, its jitted step, and arrays placed where they belong."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.models.definition import ModelDefinition
+from moe_jax.parallel import multihost
+from moe_jax.parallel.mesh import AXES, TOKEN_AXES, force_host_devices, make_mesh
+from moe_jax.tasks.task import Batch
+from moe_jax.training import experiment
+from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.experiment import Experiment
+from moe_jax.training.state import (
+    TrainState,
+    abstract_state,
+    initial_state,
+    state_shapes,
+    state_shardings,
+)
+from moe_jax.training.step import noise_key, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A built run: mesh, model and optimizer, before any step.
+
+    Attributes:
+      config: the validated config.
+      mesh: the device mesh.
+      definition: the model without numbers.
+      optimizer: optax transformation.
+      shapes, shardings: of the TrainState.
+    """
+
+    config: Experiment
+    mesh: Mesh
+    definition: ModelDefinition
+    optimizer: Any
+    shapes: TrainState
+    shardings: TrainState
+
+    @classmethod
+    def build(cls, config: Experiment) -> "Run":
+        """Validates the config and makes the mesh and the model's definition.
+
+        Raises:
+          UserError: the config cannot work on these devices.
+        """
+        config.validate()
+        experiment.check_can_be_rebuilt(config)
+        force_host_devices(config.mesh.host_devices)
+        mesh = make_mesh(config.mesh)
+        multihost.check_mesh(mesh)
+        multihost.only_first_informs()
+        return cls.on(config, mesh)
+
+    @classmethod
+    def on(cls, config: Experiment, mesh: Mesh) -> "Run":
+        """Makes the definition of a validated config for a mesh, whose devices need not be here.
+
+        Raises:
+          UserError: the mesh does not divide a parameter.
+        """
+        definition = ModelDefinition.of(config.model)
+        optimizer = config.optimizer.build(config.steps, definition.axes)
+        shapes = state_shapes(definition, optimizer)
+        shardings = state_shardings(definition, optimizer, mesh, config.mesh.fsdp_min_size)
+        return cls(config, mesh, definition, optimizer, shapes, shardings)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The whole array on every device: only then can each process read it."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def initial_state(self) -> TrainState:
+        """Step 0."""
+        return initial_state(self.config.model, self.optimizer, self.config.seed, self.shardings)
+
+    @functools.cached_property
+    def train_step(self) -> Any:
+        """The jitted step (state, batch, signals, key data) -> (state, metrics).
+
+        It takes over the state. `signals` are those of `signals_of`, the key data `noise_key_data`;
+        metrics are whole on every device.
+        """
+        config = self.config
+        one_step = train_step(
+            self.definition,
+            config.task,
+            self.optimizer,
+            config.skip_nonfinite,
+            config.microbatches,
+        )
+
+        def step(
+            state: TrainState, batch: Batch, signals: jax.Array, key_data: jax.Array
+        ) -> tuple[TrainState, Any]:
+            state, step_metrics = one_step(state, batch, jax.random.wrap_key_data(key_data))
+            return state, {**step_metrics, "signal": signals.max()}
+
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, self.replicated))
+
+    @functools.cached_property
+    def noise_key_data(self) -> jax.Array:
+        """uint32, of the key of dropout and router noise."""
+        data = np.asarray(jax.random.key_data(noise_key(self.config.seed)))
+        return jax.make_array_from_callback(data.shape, self.replicated, lambda _: data)
+
+    def abstract_arguments(
+        self,
+    ) -> tuple[TrainState, dict[str, Any], jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """What `train_step` is called with: shapes and shardings in place of arrays."""
+        rows = NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES))
+        batch = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows)
+            for name, array in self.config.data.batch_shapes.items()
+        }
+        signals = jax.ShapeDtypeStruct(
+            (self.mesh.size,), np.int32, sharding=NamedSharding(self.mesh, PartitionSpec(AXES))
+        )
+        key_data = jax.eval_shape(lambda: jax.random.key_data(noise_key(0)))
+        key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=self.replicated)
+        return abstract_state(self.shapes, self.shardings), batch, signals, key_data
+
+    def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
+        """The state of a checkpoint, laid out for this run's mesh."""
+        return checkpoints.restore(step, abstract_state(self.shapes, self.shardings))
+
+    def put(self, rows: Callable[[int, int], dict[str, np.ndarray]], count: int) -> dict[str, Any]:
+        """Makes global arrays of `count` rows; each process reads only its devices' rows.
+
+        Args:
+          rows: (start, stop) -> these rows of the global batch.
+          count: rows of the global batch.
+        """
+        sharding = NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES))
+        read = functools.cache(rows)  # Devices along `model` ask for the same rows.
+
+        def global_array(name: str, example: np.ndarray) -> jax.Array:
+            def shard(index: Any) -> np.ndarray:
+                start, stop, _ = index[0].indices(count)
+                return read(start, stop)[name]
+
+            return jax.make_array_from_callback((count, *example.shape[1:]), sharding, shard)
+
+        return {name: global_array(name, example) for name, example in rows(0, 1).items()}
+
+    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Makes global arrays of a batch that every process has whole."""
+
+        def rows(start: int, stop: int) -> dict[str, np.ndarray]:
+            return {name: values[start:stop] for name, values in batch.items()}
+
+        return self.put(rows, self.config.data.batch_size)
+
+
+def signals_of(mesh: Mesh, number: int) -> jax.Array:
+    """[devices] int32: the signal that the process of each device has received, 0 for none.
+
+    A step returns the largest, so that all processes learn of it from the same step, at the cost of
+    one all-reduce of an integer and no waiting.
+
+    Args:
+      mesh: of the run.
+      number: for the devices of this process; other processes give theirs.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+    return jax.make_array_from_callback(
+        (mesh.size,), sharding, lambda _: np.array([number], np.int32)
+    )
