@@ -167,7 +167,8 @@ def run_all(plans: Sequence[Plan], processes: int) -> dict[pathlib.Path, str]:
     """
     failed: dict[pathlib.Path, str] = {}
     running: dict[int, Working] = {}
-    with _stop_signal() as received, tqdm(total=_left(plans), unit="run") as bar:
+    left = _left(plans)
+    with _stop_signal() as received, tqdm(total=left, unit="run", disable=not left) as bar:
         try:
             while True:
                 if not received:
