@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 
 # From the ground floor up; a module imports only from its own floor and those before it.
 FLOORS = [
-    ["errors", "configuration"],
+    ["errors", "configuration", "special_functions"],
     ["parallel"],
     ["data"],
     ["routing"],

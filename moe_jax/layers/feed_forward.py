@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax import special_functions
 from moe_jax.layers.dropout import dropout
 from moe_jax.layers.initializers import Scale, scaled_truncated_normal
 from moe_jax.parallel.sharding import constrain
@@ -32,7 +33,7 @@ class Activation(enum.StrEnum):
 _FUNCTIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     Activation.RELU: jax.nn.relu,
     Activation.GELU: lambda x: jax.nn.gelu(x, approximate=True),
-    Activation.GELU_EXACT: lambda x: jax.nn.gelu(x, approximate=False),
+    Activation.GELU_EXACT: special_functions.gelu,
     Activation.SILU: jax.nn.silu,
 }
 

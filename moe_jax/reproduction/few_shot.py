@@ -75,7 +75,7 @@ def few_shot(
     data = _data(trained, classes).open(seed=0)
     support, labels = features(trained, data, classes.support)
     queries, answers = features(trained, data, classes.queries)
-    fewest = np.unique_counts(labels).counts.min()
+    fewest = np.min(np.unique_counts(labels).counts)
     if fewest < max(shots):
         raise UserError(
             f"{max(shots)} images of each class are to be drawn, but a class of the split "
@@ -183,4 +183,4 @@ def _first_of_each_class(labels: np.ndarray, order: np.ndarray, count: int) -> n
 def _best(accuracies: np.ndarray) -> int:
     """The penalty of the best mean rank; accuracies [draws, penalties]."""
     ranks = accuracies.argsort(axis=1).argsort(axis=1)
-    return int(ranks.mean(axis=0).argmax())
+    return int(np.argmax(ranks.mean(axis=0)))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from moe_jax.errors import UserError
 from moe_jax.routing.assignment import Mean
+from moe_jax.special_functions import normal_cdf
 
 
 @dataclasses.dataclass
@@ -233,7 +234,7 @@ def load(
       deviation: of the noise, a number or [S, E].
       mask: [S] bool, False for padding.
     """
-    chance = jax.scipy.stats.norm.cdf((logits - threshold) / deviation)
+    chance = normal_cdf((logits - threshold) / deviation)
     return Mean.of_group(squared_variation(Mean.of(chance, mask).value()), mask)
 
 

@@ -16,6 +16,7 @@ from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores
 from moe_jax.routing.assignment import Arrays, Mean, RouterInputs
 from moe_jax.routing.token_choice import Choice, TokenChoice, validate_expert_groups
+from moe_jax.special_functions import normal_cdf
 
 # softplus underflows to 0 in the end, where the chance of being kept would be 0 / 0.
 LEAST_DEVIATION = 1e-6
@@ -113,7 +114,7 @@ def chance_kept(clean: jax.Array, noisy: jax.Array, deviation: jax.Array, k: int
       deviation: [..., E] float32 of the noise.
       k: K.
     """
-    return jax.scipy.stats.norm.cdf((clean - kth_excluding(noisy, k)) / deviation)
+    return normal_cdf((clean - kth_excluding(noisy, k)) / deviation)
 
 
 @dataclasses.dataclass

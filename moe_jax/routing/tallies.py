@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from moe_jax.routing import statistics
 from moe_jax.routing.assignment import (
@@ -372,8 +373,9 @@ def _wide(value: np.ndarray | jax.Array) -> np.ndarray:
     return value.astype(np.float64 if value.dtype.kind == "f" else np.int64)
 
 
-def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+def _ratio(total: npt.ArrayLike, count: npt.ArrayLike) -> np.ndarray:
     """total / count, and 0 where the count is 0."""
+    total, count = np.asarray(total), np.asarray(count)
     return np.where(count > 0, total / np.where(count > 0, count, 1), 0)
 
 

@@ -155,7 +155,7 @@ def relative_error(operation: Operation, inputs: Inputs, result: Any) -> float:
     sizes = np.asarray(inputs.group_sizes)
     starts = np.cumsum(sizes) - sizes
     with_rows = np.flatnonzero(sizes)
-    groups = {with_rows[sizes[with_rows].argmax()], with_rows[sizes[with_rows].argmin()]}
+    groups = {with_rows[np.argmax(sizes[with_rows])], with_rows[np.argmin(sizes[with_rows])]}
     groups |= set(np.flatnonzero(sizes == 0)[:1])
     errors = []
     for group in groups:

@@ -20,7 +20,7 @@ from moe_jax.interop.huggingface.layout import Region
 CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
     "BF16": np.dtype(jnp.bfloat16),
@@ -42,7 +42,7 @@ class Stored:
 
     file: pathlib.Path
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype[Any]
 
 
 def read_config(folder: os.PathLike[str] | str) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Written:
 
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     read: Callable[[], np.ndarray]
 
     @property
