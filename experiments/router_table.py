@@ -1,4 +1,4 @@
-"""Writes docs/routers.md, the table of all routers, from moe_jax/routing/catalogue.py.
+"""Writes docs/routers.md, the table of all routers, from the PUBLISHED tables in moe_jax/routing/.
 
 python experiments/router_table.py [--output=docs/routers.md]
 """

@@ -1,26 +1,32 @@
-"""Configs are trees of plain dataclasses; here they become JSON, come back, and are compared.
+"""Configs are trees of components; here they become JSON, come back, are checked and compared.
 
-A dataclass is written as its fields plus a `"type"` tag, so that a swapped component (another
-router, another optimizer) is rebuilt as what it was. Only allow-listed types are ever built.
+A component is written as its fields plus a `"type"` tag, its module and name, so that a swapped one
+(another router, another optimizer) is rebuilt as what it was. `moe_jax.component` says which classes
+a tag may name.
 """
 
 import copy
 import dataclasses
 import enum
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moe_jax import component
 from moe_jax.errors import UserError
 
 TYPE_TAG = "type"
 
 
 def encode(value: Any) -> Any:
-    """A config as JSON-ready dicts, lists and scalars."""
+    """A config as JSON-ready dicts, lists and scalars.
+
+    Raises:
+      UserError: a component's class could not be found again by its tag.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {TYPE_TAG: type(value).__name__, **fields}
+        return {TYPE_TAG: component.tag(type(value)), **fields}
     if isinstance(value, Mapping):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -30,41 +36,68 @@ def encode(value: Any) -> Any:
     return value
 
 
-def decode(tree: Any, allowed: Sequence[type]) -> Any:
-    """Rebuilds a config from `encode`'s output.
+def decode(tree: Any, origins: Mapping[str, Any] | None = None) -> Any:
+    """Rebuilds a config from `encode`'s output; imports nothing but moe_jax's own modules.
 
     Args:
       tree: the JSON tree.
-      allowed: the dataclasses that may be built.
+      origins: what the file says of the modules that are not moe_jax's, see `component.origins`.
 
     Raises:
-      UserError: an unknown type or field.
+      UserError: an unknown type or field, or a value that its field does not take.
     """
     if isinstance(tree, list):
-        return tuple(decode(item, allowed) for item in tree)
+        return tuple(decode(item, origins) for item in tree)
     if not isinstance(tree, Mapping):
         return tree
     if TYPE_TAG not in tree:
-        return {key: decode(item, allowed) for key, item in tree.items()}
-    types = {t.__name__: t for t in allowed}
+        return {key: decode(item, origins) for key, item in tree.items()}
     name = tree[TYPE_TAG]
-    if name not in types:
-        raise UserError(
-            f"config type {name!r} is not one that can be rebuilt; known are {', '.join(types)}."
-        )
-    cls = types[name]
+    if not isinstance(name, str):
+        raise UserError(f"config.json has the type {name!r}; a type is a text, module:Name.")
+    cls = component.find(name, (origins or {}).get(name.partition(":")[0]))
     hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls) if field.init}
     values = {}
     for key, item in tree.items():
         if key == TYPE_TAG:
             continue
-        if key not in hints:
-            raise UserError(f"{name} has no field {key!r}; its fields are {', '.join(hints)}.")
-        value = decode(item, allowed)
-        hint = hints[key]
-        is_enum = isinstance(hint, type) and issubclass(hint, enum.Enum)
-        values[key] = hint(value) if is_enum else value
+        if key not in known:
+            raise UserError(
+                f"{cls.__name__} has no field {key!r}; its fields are {', '.join(sorted(known))}."
+            )
+        value, hint = decode(item, origins), hints[key]
+        if isinstance(hint, type) and issubclass(hint, enum.Enum):
+            value = _choice(f"{cls.__name__}.{key}", value, hint)
+        values[key] = value
     return cls(**values)
+
+
+def _choice(name: str, value: Any, choices: type[enum.Enum]) -> enum.Enum:
+    try:
+        return choices(value)
+    except ValueError as error:
+        known = ", ".join(str(choice.value) for choice in choices)
+        raise UserError(f"{name} is {value!r}; it must be one of {known}.") from error
+
+
+def classes(config: Any) -> set[type]:
+    """The classes of all components of a config."""
+    return {type(part) for _, part in components(config)}
+
+
+def components(config: Any, path: str = "config") -> Iterator[tuple[str, Any]]:
+    """Yields (path, component) for a config and all components in it."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        yield path, config
+        for field in dataclasses.fields(config):
+            yield from components(getattr(config, field.name), f"{path}.{field.name}")
+    elif isinstance(config, Mapping):
+        for key, item in config.items():
+            yield from components(item, f"{path}.{key}")
+    elif isinstance(config, (list, tuple)):
+        for i, item in enumerate(config):
+            yield from components(item, f"{path}[{i}]")
 
 
 def check_types(config: Any, path: str = "config") -> None:
@@ -89,9 +122,7 @@ def check_types(config: Any, path: str = "config") -> None:
 
 
 def _check_instance(name: str, value: Any, hint: type) -> None:
-    if getattr(hint, "_is_protocol", False):
-        good = False  # A component that is no dataclass could not be written to config.json.
-    elif hint is float:
+    if hint is float:
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
     elif hint is int:
         good = isinstance(value, int) and not isinstance(value, bool)

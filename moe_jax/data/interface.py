@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from moe_jax.component import Component
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import UserError
 
@@ -62,7 +63,7 @@ class Pipeline(abc.ABC):
 
 
 @dataclasses.dataclass
-class DataConfig(abc.ABC):
+class DataConfig(Component, abc.ABC):
     """Which data a run reads; a component of a config, and the base of all of them."""
 
     batch_size: int = 64

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 from etils import epath
 
+from moe_jax.component import Component
 from moe_jax.errors import UserError
 
 
@@ -102,7 +103,7 @@ class Tokenizer(abc.ABC):
 
 
 @dataclasses.dataclass
-class TokenizerConfig(abc.ABC):
+class TokenizerConfig(Component, abc.ABC):
     """Which tokenizer a run uses; a component of a config."""
 
     extra_ids: int = 0

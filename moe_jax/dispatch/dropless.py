@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from moe_jax.dispatch import ragged, spill
 from moe_jax.dispatch.exchange import Transport, Wire, gather_tokens, sum_to_owners
 from moe_jax.dispatch.grouped_matmul.interface import GroupedMatmul
-from moe_jax.dispatch.interface import Experts, row_experts
+from moe_jax.dispatch.interface import Dispatch, Experts, row_experts
 from moe_jax.dispatch.varying import varying_alike
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import platform_in_force
@@ -51,7 +51,7 @@ class Method(enum.StrEnum):
 
 
 @dataclasses.dataclass
-class Dropless:
+class Dropless(Dispatch):
     """A component of a config; for routers through which tokens choose.
 
     Attributes:

@@ -6,6 +6,7 @@ Axis letters
   C slots per expert         R rows in one array, whatever experts they are for
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from moe_jax.component import Component
 from moe_jax.dispatch.grouped_matmul.interface import GroupedMatmul, grouped_matmul
 from moe_jax.routing.assignment import Assignment, Mean, Router
 
@@ -121,16 +123,19 @@ def batched_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum("erd,edf->erf", rows, weight)
 
 
-class Dispatch(Protocol):
+class Dispatch(Component, abc.ABC):
     """A component of a config; runs inside the MoE layer's shard_map."""
 
     @property
+    @abc.abstractmethod
     def dropless(self) -> bool:
         """Whether experts have no capacity: every choice of every token is served."""
 
+    @abc.abstractmethod
     def validate(self, router: Router) -> None:
         """Raises UserError where the fields are impossible, or cannot work with the router."""
 
+    @abc.abstractmethod
     def apply(
         self,
         x: jax.Array,

@@ -23,7 +23,7 @@ from moe_jax.dispatch.exchange import (
     sum_to_owners,
     to_expert_owners,
 )
-from moe_jax.dispatch.interface import Experts
+from moe_jax.dispatch.interface import Dispatch, Experts
 from moe_jax.errors import UserError
 from moe_jax.routing.assignment import (
     Assignment,
@@ -36,7 +36,7 @@ from moe_jax.routing.assignment import (
 
 
 @dataclasses.dataclass
-class Slots(abc.ABC):
+class Slots(Dispatch):
     """Fill slots, exchange, experts, exchange, combine; a component of a config.
 
     Attributes:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.component import Component
 from moe_jax.errors import UserError
 from moe_jax.layers.attention_kernels import attend
 from moe_jax.layers.initializers import Scale, scaled_truncated_normal
@@ -62,16 +63,14 @@ class AttentionInputs:
 
 
 @dataclasses.dataclass
-class AttentionConfig(abc.ABC):
+class AttentionConfig(Component, abc.ABC):
     """The contract: a component of a config that builds the attention of each block.
 
     What it builds is called with ([B, L, d], AttentionInputs, cache) and returns [B, L, d] and the
     cache with this call's tokens.
     """
 
-    def validate(  # noqa: B027 - there may be nothing to check.
-        self, num_heads: int, head_width: int, path: str = "model"
-    ) -> None:
+    def validate(self, num_heads: int, head_width: int, path: str = "model") -> None:
         """Raises UserError for fields that cannot work; `path` is the stack's config."""
 
     @abc.abstractmethod

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import special_functions
+from moe_jax.component import Component
 from moe_jax.layers.dropout import dropout
 from moe_jax.layers.initializers import Scale, scaled_truncated_normal
 from moe_jax.parallel.sharding import constrain
@@ -49,7 +50,7 @@ class HiddenBias(enum.StrEnum):
 
 
 @dataclasses.dataclass
-class FeedForwardForm:
+class FeedForwardForm(Component):
     """act(x W_in) W_out, or gated: (act(x W_gate) * (x W_in)) W_out (Shazeer 2020).
 
     GEGLU is gated with GELU, SwiGLU gated with SILU.

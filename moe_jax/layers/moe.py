@@ -18,6 +18,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
+from moe_jax.component import Component
 from moe_jax.dispatch.gather import Gather
 from moe_jax.dispatch.interface import Dispatch, Experts
 from moe_jax.dispatch.varying import varying_alike
@@ -36,7 +37,7 @@ from moe_jax.routing.token_choice import TopK
 
 
 @dataclasses.dataclass
-class MoEConfig:
+class MoEConfig(Component):
     """How tokens are routed; how many experts there are is the model's business.
 
     Attributes:

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.component import Component
 from moe_jax.errors import UserError
 from moe_jax.layers.initializers import Scale, scaled_truncated_normal
 
 
 @dataclasses.dataclass
-class RotaryScaling:
+class RotaryScaling(Component):
     """YaRN: texts longer than those of the training (Peng et al. 2023, sections 3.2 and 3.4).
 
     As DeepSeek-V2 has it (section 3.1.4 and its code), where rotated vectors and scores are scaled by

@@ -16,12 +16,13 @@ from moe_jax.layers.embedding import EmbeddingScaling, LearnedPositions, TokenEm
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEReport, TokenInfo
 from moe_jax.layers.normalization import make_norm
+from moe_jax.models.interface import ModelConfig
 from moe_jax.models.stack import Stack, StackCache, StackConfig, StackContext
 from moe_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass
-class DecoderLMConfig(StackConfig):
+class DecoderLMConfig(StackConfig, ModelConfig):
     """A decoder-only language model, or a bidirectional one for masked-token objectives.
 
     Attributes:

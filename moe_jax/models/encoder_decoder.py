@@ -17,6 +17,7 @@ from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEReport
 from moe_jax.layers.normalization import make_norm
 from moe_jax.models.decoder_lm import Cache, token_info
+from moe_jax.models.interface import ModelConfig
 from moe_jax.models.stack import Stack, StackConfig, StackContext
 from moe_jax.parallel.sharding import constrain
 
@@ -26,7 +27,7 @@ def _stack() -> StackConfig:
 
 
 @dataclasses.dataclass
-class EncoderDecoderConfig:
+class EncoderDecoderConfig(ModelConfig):
     """A text-to-text model.
 
     Attributes:

@@ -20,13 +20,14 @@ from moe_jax.layers.initializers import scaled_truncated_normal
 from moe_jax.layers.lstm import LSTM, LSTMState
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, MoEReport, RouterState, TokenInfo
+from moe_jax.models.interface import ModelConfig
 from moe_jax.models.stack import ComputeDtype
 from moe_jax.parallel.sharding import constrain
 from moe_jax.routing.noisy_top_k import NoisyTopK
 
 
 @dataclasses.dataclass
-class RecurrentLMConfig:
+class RecurrentLMConfig(ModelConfig):
     """LSTM layers with a MoE, or a dense network in its place, between the first and the second.
 
     Attributes:

@@ -20,6 +20,7 @@ from moe_jax.layers.initializers import scaled_truncated_normal
 from moe_jax.layers.lstm import LSTM, LSTMState
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig, MoEReport
+from moe_jax.models.interface import ModelConfig
 from moe_jax.models.recurrent_lm import SigmoidMoE, check_causal, token_info
 from moe_jax.models.stack import ComputeDtype
 from moe_jax.parallel.sharding import constrain
@@ -31,7 +32,7 @@ def _moe() -> MoEConfig:
 
 
 @dataclasses.dataclass
-class RecurrentTranslatorConfig:
+class RecurrentTranslatorConfig(ModelConfig):
     """A recurrent encoder and decoder, with equal MoEs in both.
 
     Attributes:

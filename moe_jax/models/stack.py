@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.component import Component
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import (
     AttentionConfig,
@@ -115,7 +116,7 @@ def stages_of(experts: Sequence[int]) -> list[Stage]:
 
 
 @dataclasses.dataclass
-class StackConfig:
+class StackConfig(Component):
     """A stack of blocks.
 
     Attributes:

@@ -21,6 +21,7 @@ from moe_jax.layers.initializers import Scale, scaled_truncated_normal
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig, MoEReport, TokenInfo
 from moe_jax.layers.normalization import Norm, make_norm
+from moe_jax.models.interface import ModelConfig
 from moe_jax.models.stack import Stack, StackConfig, StackContext
 from moe_jax.parallel.sharding import constrain
 from moe_jax.routing.capacity import Capacity, CapacityRule
@@ -62,7 +63,7 @@ def _moe() -> MoEConfig:
 
 
 @dataclasses.dataclass
-class VisionConfig(StackConfig):
+class VisionConfig(StackConfig, ModelConfig):
     """A Vision Transformer (Dosovitskiy et al. 2020), with biases, GELU and layer norms as its own.
 
     Attributes:

@@ -13,6 +13,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from moe_jax.component import Component
 from moe_jax.errors import UserError
 
 DATA, EXPERT, MODEL = "data", "expert", "model"
@@ -21,7 +22,7 @@ TOKEN_AXES = (DATA, EXPERT)  # Tokens are split over both and replicated over `m
 
 
 @dataclasses.dataclass
-class MeshConfig:
+class MeshConfig(Component):
     """Devices along each mesh axis.
 
     Attributes:

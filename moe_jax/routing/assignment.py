@@ -14,6 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.component import Component
 from moe_jax.routing.capacity import Capacity
 
 register = jax.tree_util.register_dataclass
@@ -154,7 +155,7 @@ Arrays = dict[str, jax.Array]
 
 
 @dataclasses.dataclass
-class Router(abc.ABC):
+class Router(Component, abc.ABC):
     """The contract: a configuration object with pure methods.
 
     A new router is a dataclass that inherits from this one, says how it routes, and overrides what
@@ -198,7 +199,7 @@ class Router(abc.ABC):
         """Coefficient of each entry of `Routing.losses`."""
         return {}
 
-    def validate(self, num_experts: int) -> None:  # noqa: B027 - most fields can be anything.
+    def validate(self, num_experts: int) -> None:
         """Raises UserError where the fields cannot work with E experts."""
 
     def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from moe_jax.errors import UserError
 from moe_jax.routing import scores, service
 from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing
+from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.fixed import left_to_right
+from moe_jax.routing.published import PublishedRouter
 from moe_jax.routing.token_choice import gates_of
 
 
@@ -216,3 +218,27 @@ def sinkhorn(scores: jax.Array, mask: jax.Array, iterations: int) -> jax.Array:
 
     column = jax.lax.fori_loop(0, iterations, scale, jnp.zeros_like(scores[0]))
     return jnp.where(mask[:, None], jax.nn.softmax(scores + column, axis=1), 0.0)
+
+
+PUBLISHED: tuple[PublishedRouter, ...] = (
+    PublishedRouter(
+        "BASE",
+        "Lewis et al. 2021",
+        "training: the balanced assignment of largest total score x W; evaluation: largest score; "
+        "g = sigmoid(score)",
+        (0, 1),
+        "by construction in training: every expert gets at most S / E tokens, rounded up",
+        BASE(),
+        Capacity(1.0, 8.0),
+    ),
+    PublishedRouter(
+        "S-BASE",
+        "Clark et al. 2022",
+        "as BASE; training: largest entry of the Sinkhorn plan of the scores",
+        (0, 1),
+        "nearly, by the Sinkhorn plan",
+        BASE(solver=Solver.SINKHORN),
+        Capacity(2.0, 8.0),
+    ),
+)
+"""What papers do with the routers of this file."""

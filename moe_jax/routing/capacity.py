@@ -8,6 +8,7 @@ import enum
 import math
 from collections.abc import Callable
 
+from moe_jax.component import Component
 from moe_jax.errors import UserError
 
 
@@ -81,7 +82,7 @@ def _up_to_multiple(value: int, of: int) -> int:
 
 
 @dataclasses.dataclass
-class Capacity:
+class Capacity(Component):
     """The capacity policy of a MoE layer.
 
     Attributes:

@@ -13,6 +13,7 @@ from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores
 from moe_jax.routing.assignment import Arrays, RouterInputs
 from moe_jax.routing.losses import Losses
+from moe_jax.routing.published import NO_DROPS, PublishedRouter
 from moe_jax.routing.token_choice import (
     Choice,
     LinearRouter,
@@ -123,7 +124,7 @@ class DeepSeekV2(LinearRouter):
         _, experts = jax.lax.top_k(ranking, self.k)
         weights = self.rounded(self.gate_scale * probabilities)
         clean = self.clean(parameters, inputs, probabilities)
-        return Choice(logits, probabilities, clean, experts, weights, {})
+        return Choice(logits, experts, weights, probabilities, clean)
 
 
 @dataclasses.dataclass
@@ -206,7 +207,7 @@ class DeepSeekV3(TokenChoice):
             extra["sequence_wise"] = losses.sequence_wise(
                 probabilities, unbiased, inputs.mask, inputs.sequence_ids
             )
-        return Choice(logits, probabilities, probabilities, experts, weights, extra)
+        return Choice(logits, experts, weights, probabilities, losses=extra)
 
     def next_state(self, state: Arrays, statistics: Arrays) -> Arrays:
         """bias + gamma * sign(mean load - load); the load is [E], of the whole global batch."""
@@ -215,3 +216,46 @@ class DeepSeekV3(TokenChoice):
         # Means are rounded, so that a load of exactly the mean can seem to be off by 1e-7 of it.
         error = jnp.where(jnp.abs(mean - load) < 1e-6 * mean, 0.0, mean - load)
         return {"bias": state["bias"] + self.bias_rate * jnp.sign(error)}
+
+
+PUBLISHED: tuple[PublishedRouter, ...] = (
+    PublishedRouter(
+        "DeepSeek-V2, device-limited",
+        "DeepSeek-AI 2024a, section 2.2",
+        "top-K of p within the M devices of largest p; g = 16 p",
+        (0, 16),
+        "expert-level, device-level and communication losses",
+        DeepSeekV2(
+            k=2,
+            losses=Losses(
+                expert_level=0.003,
+                device_level=0.05,
+                communication=0.02,
+                devices=4,
+                devices_per_token=2,
+            ),
+        ),
+        NO_DROPS,
+    ),
+    PublishedRouter(
+        "DeepSeek-V3",
+        "DeepSeek-AI 2024b, eq. 12-20",
+        "s = sigmoid(x W); top-K of s + bias within the best groups; g = 2.5 s / sum of chosen s",
+        (2.5, 2.5),
+        "expert bias, moved against each batch's load; sequence-wise loss",
+        DeepSeekV3(k=2, groups=4, groups_per_token=2),
+        NO_DROPS,
+    ),
+    PublishedRouter(
+        "Loss-free balancing",
+        "Wang et al. 2024",
+        "s = sigmoid(x W); top-K of s + bias; g = s",
+        (0, 2),
+        "expert bias, moved against each batch's load",
+        DeepSeekV3(
+            k=2, groups=1, groups_per_token=1, renormalize=False, gate_scale=1.0, losses=Losses()
+        ),
+        NO_DROPS,
+    ),
+)
+"""What papers do with the routers of this file."""

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores, statistics
 from moe_jax.routing.assignment import Arrays, ExpertAssignment, Router, RouterInputs, Routing
+from moe_jax.routing.capacity import Capacity, CapacityRule
+from moe_jax.routing.published import PublishedRouter
 
 ENTROPY_WEIGHT = 1e-3  # lambda of the capped variant's linear program.
 ITERATIONS = 100  # Of Dykstra's algorithm, at most, says the paper.
@@ -215,3 +217,29 @@ def _shift_to_total(logs: jax.Array, total: jax.Array | int) -> jax.Array:
     none = jnp.log(jnp.asarray(total, jnp.float32)) - jax.nn.logsumexp(logs, axis=-1)
     start = (none, jnp.zeros_like(none, jnp.int32), none < jnp.inf)
     return jax.lax.while_loop(lambda state: state[2].any(), larger, start)[0]
+
+
+_EXPERT_CHOICE = Capacity(2.0, 2.0, CapacityRule.EXPERT_CHOICE)
+
+PUBLISHED: tuple[PublishedRouter, ...] = (
+    PublishedRouter(
+        "Expert Choice",
+        "Zhou et al. 2022",
+        "each expert takes the C tokens of largest p; g = p",
+        (0, 1),
+        "by construction: every expert takes C tokens",
+        ExpertChoice(),
+        _EXPERT_CHOICE,
+    ),
+    PublishedRouter(
+        "Expert Choice, capped",
+        "Zhou et al. 2022, section 4.5",
+        "each expert takes the C tokens of largest weight in an entropy-regularised linear program; "
+        "g = p",
+        (0, 1),
+        "by construction: every expert takes C tokens",
+        ExpertChoice(cap=2),
+        _EXPERT_CHOICE,
+    ),
+)
+"""What papers do with the routers of this file."""

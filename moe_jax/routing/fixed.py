@@ -21,6 +21,7 @@ from moe_jax.errors import UserError
 from moe_jax.routing import service, statistics
 from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing, TokenAssignment
 from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.published import NO_DROPS, PublishedRouter
 from moe_jax.routing.token_choice import validate_k
 
 
@@ -291,3 +292,62 @@ class StaticGate(Router):
             inputs.mask,
             capacity,
         )
+
+
+PUBLISHED: tuple[PublishedRouter, ...] = (
+    PublishedRouter(
+        "Hash, random",
+        "Roller et al. 2021",
+        "expert of a token id from a random table; g = 1",
+        (1, 1),
+        "",
+        HashRouter(vocab_size=264),
+        NO_DROPS,
+    ),
+    PublishedRouter(
+        "Hash, balanced",
+        "Roller et al. 2021",
+        "frequent ids first, each to the expert with the least tokens so far; g = 1",
+        (1, 1),
+        "by the ids' frequencies (`token_counts`)",
+        HashRouter(vocab_size=264, kind=HashKind.BALANCED),
+        NO_DROPS,
+    ),
+    PublishedRouter(
+        "Hash, modulo",
+        "Zhou et al. 2022, section 4.5",
+        "token id modulo E; g = 1",
+        (1, 1),
+        "",
+        HashRouter(vocab_size=264, kind=HashKind.MODULO),
+        NO_DROPS,
+    ),
+    PublishedRouter(
+        "Uniform random, per token",
+        "a baseline",
+        "an expert drawn uniformly for each token; g = 1",
+        (1, 1),
+        "by construction, on average",
+        UniformRandom(),
+        NO_DROPS,
+    ),
+    PublishedRouter(
+        "THOR",
+        "Zuo et al. 2021",
+        "an expert drawn uniformly for each batch; g = 1; with the task's consistency_weight",
+        (1, 1),
+        "",
+        UniformRandom(per=DrawnPer.BATCH),
+        None,
+    ),
+    PublishedRouter(
+        "Static gate",
+        "a baseline",
+        "every token goes to the same experts with given weights",
+        (1, 1),
+        "",
+        StaticGate(weights=(0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
+        None,
+    ),
+)
+"""What papers do with the routers of this file."""

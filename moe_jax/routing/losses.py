@@ -18,13 +18,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.component import Component
 from moe_jax.errors import UserError
 from moe_jax.routing.assignment import Mean
 from moe_jax.special_functions import normal_cdf
 
 
 @dataclasses.dataclass
-class Losses:
+class Losses(Component):
     """Coefficients of the losses that any token-choice router can have; 0 leaves one out.
 
     Attributes:

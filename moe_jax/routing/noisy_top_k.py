@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores
 from moe_jax.routing.assignment import Arrays, Mean, RouterInputs
+from moe_jax.routing.published import NO_DROPS, PublishedRouter
 from moe_jax.routing.token_choice import Choice, TokenChoice, validate_expert_groups
 from moe_jax.special_functions import normal_cdf
 
@@ -174,7 +175,7 @@ class NoisyTopK(TokenChoice):
         if self.load_weight and inputs.train:
             threshold = kth_excluding(noisy, self.k)
             extra["load"] = losses.load(clean, threshold, deviation, inputs.mask)
-        return Choice(noisy, jax.nn.softmax(noisy), jax.nn.softmax(clean), experts, weights, extra)
+        return Choice(noisy, experts, weights, clean=jax.nn.softmax(clean), losses=extra)
 
 
 @dataclasses.dataclass
@@ -263,7 +264,7 @@ class HierarchicalNoisyTopK(NoisyTopK):
             )
         logits = joint_logits(group_noisy, noisy)
         dense_clean = jax.nn.softmax(joint_logits(group_clean, clean))
-        return Choice(logits, jax.nn.softmax(logits), dense_clean, experts, weights, extra)
+        return Choice(logits, experts, weights, clean=dense_clean, losses=extra)
 
 
 def joint_logits(primary: jax.Array, secondary: jax.Array) -> jax.Array:
@@ -281,3 +282,26 @@ def joint_logits(primary: jax.Array, secondary: jax.Array) -> jax.Array:
 def _flat(by_group: jax.Array) -> jax.Array:
     """[S, A, B] to [S, E], the experts of a group next to each other."""
     return by_group.reshape(len(by_group), -1)
+
+
+PUBLISHED: tuple[PublishedRouter, ...] = (
+    PublishedRouter(
+        "Noisy top-K",
+        "Shazeer et al. 2017, eq. 3-5",
+        "H = x W + N(0, 1) softplus(x W_noise); g = softmax of the K largest H",
+        (1, 1),
+        "importance and load losses",
+        NoisyTopK(),
+        NO_DROPS,
+    ),
+    PublishedRouter(
+        "Hierarchical noisy top-K",
+        "Shazeer et al. 2017, appendix B",
+        "noisy top-K over groups of experts, then within each; g = product of the two",
+        (1, 1),
+        "importance and load losses",
+        HierarchicalNoisyTopK(groups=4, groups_per_token=2, k=2),
+        NO_DROPS,
+    ),
+)
+"""What papers do with the routers of this file."""

@@ -15,6 +15,7 @@ from moe_jax.errors import UserError
 from moe_jax.routing import scores, statistics
 from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing, SoftAssignment
 from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.published import PublishedRouter
 
 # Far below any logit, yet finite: a softmax over padding only has no NaN.
 NEVER = -1e9
@@ -189,3 +190,35 @@ def identity(mask: jax.Array, num_experts: int, slots_per_expert: int) -> SoftAs
     """
     weights = jnp.diag(mask.astype(jnp.float32)).reshape(-1, num_experts, slots_per_expert)
     return SoftAssignment(weights, weights)
+
+
+PUBLISHED: tuple[PublishedRouter, ...] = (
+    PublishedRouter(
+        "Soft MoE",
+        "Puigcerver et al. 2023",
+        "l = scale x/|x| . mu/|mu|; slots take tokens by softmax over tokens, tokens take slots by "
+        "softmax over slots",
+        (1, 1),
+        "by construction: every slot takes a mean of all tokens",
+        SoftMoE(),
+        None,
+    ),
+    *(
+        PublishedRouter(
+            f"Soft MoE, {name}",
+            "Puigcerver et al. 2023, Table 2",
+            formula,
+            (1, 1),
+            "by construction",
+            SoftMoE(variant=variant, slots_per_expert=slots),
+            None,
+        )
+        for name, variant, slots, formula in (
+            ("soft/uniform", SoftVariant.SOFT_UNIFORM, 1, "soft dispatch, uniform combine"),
+            ("uniform/soft", SoftVariant.UNIFORM_SOFT, 1, "uniform dispatch, soft combine"),
+            ("uniform", SoftVariant.UNIFORM, 1, "uniform dispatch and combine"),
+            ("identity", SoftVariant.IDENTITY, 8, "slot i takes token i (E P = S)"),
+        )
+    ),
+)
+"""What papers do with the routers of this file."""

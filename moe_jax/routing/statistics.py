@@ -12,6 +12,7 @@ Statistics that need more than a step's sums are in `moe_jax.routing.tallies`.
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import UserError
 from moe_jax.routing.assignment import ExpertAssignment, Mean, SoftAssignment, TokenAssignment
 
 
@@ -46,6 +47,21 @@ def of_token_choice(
         "logsumexp_squared": Mean.of(jax.nn.logsumexp(logits, axis=-1) ** 2, mask),
     }
     return jax.lax.stop_gradient(statistics)
+
+
+def with_own(common: dict[str, Mean], own: dict[str, Mean]) -> dict[str, Mean]:
+    """The statistics of all routers and those of this one, without gradient.
+
+    Raises:
+      UserError: one of its own has the name of a common one.
+    """
+    for name in own:
+        if name in common:
+            raise UserError(
+                f"a router's own statistic is named {name!r}, which all routers have already; give "
+                "it another name."
+            )
+    return common | jax.lax.stop_gradient(own)
 
 
 def of_expert_choice(

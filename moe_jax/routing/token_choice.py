@@ -24,7 +24,9 @@ from moe_jax.routing.assignment import (
     TokenAssignment,
     register,
 )
+from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.losses import Losses
+from moe_jax.routing.published import NO_DROPS, PublishedRouter
 from moe_jax.routing.scores import Exploration, RouterDtype
 from moe_jax.routing.service import ServiceOrder
 
@@ -36,19 +38,29 @@ class Choice:
 
     Attributes:
       logits: [S, E] float32; the router z-loss reads them.
-      probabilities: [S, E] float32, rows sum to 1; balancing losses read them.
-      clean: the same without exploration noise; the importance loss reads them.
       experts: [S, K] int32, first choice first; E (out of range) where a token wants fewer.
-      weights: [S, E] float32, what an expert's output is multiplied with if it serves the token.
-      losses: further losses of this router, by name.
+      weights: [S, E] float32 gate of each expert, applied if the expert serves the token.
+      probabilities: [S, E] float32, rows sum to 1; balancing losses read them. By default the softmax
+        of the logits.
+      clean: the same without exploration noise; the importance loss reads them. By default the
+        probabilities.
+      losses: further losses of this router, by name; their coefficients are in its `loss_weights`.
+      statistics: further statistics of this router, by name; they are logged like the others.
     """
 
     logits: jax.Array
-    probabilities: jax.Array
-    clean: jax.Array
     experts: jax.Array
     weights: jax.Array
-    losses: dict[str, Mean]
+    probabilities: jax.Array = None  # type: ignore[assignment]
+    clean: jax.Array = None  # type: ignore[assignment]
+    losses: dict[str, Mean] = dataclasses.field(default_factory=dict)
+    statistics: dict[str, Mean] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.probabilities is None:
+            object.__setattr__(self, "probabilities", jax.nn.softmax(self.logits))
+        if self.clean is None:
+            object.__setattr__(self, "clean", self.probabilities)
 
 
 @dataclasses.dataclass
@@ -115,8 +127,11 @@ class TokenChoice(Router):
             assignment,
             jax.lax.stop_gradient(choice.probabilities),
             losses=losses_of(self.losses, choice, inputs) | choice.losses,
-            statistics=statistics.of_token_choice(
-                assignment, choice.experts, choice.logits, choice.probabilities, inputs.mask
+            statistics=statistics.with_own(
+                statistics.of_token_choice(
+                    assignment, choice.experts, choice.logits, choice.probabilities, inputs.mask
+                ),
+                choice.statistics,
             ),
         )
 
@@ -300,7 +315,19 @@ class TopK(LinearRouter):
             chosen = gates_of(probabilities, experts).sum(axis=1, keepdims=True)
             weights = weights / jnp.maximum(chosen, 1e-9)
         clean = self.clean(parameters, inputs, probabilities)
-        return Choice(logits, probabilities, clean, experts, self.rounded(weights), {})
+        return Choice(logits, experts, self.rounded(weights), probabilities, clean)
+
+
+@dataclasses.dataclass
+class Switch(TopK):
+    """Top-1 of the softmax of a jittered input, with the load-balancing loss at 1e-2 (Fedus et al. 2021).
+
+    `TopK` with the paper's choices as defaults: section 2.1 has K = 1 and alpha = 1e-2, Table 11 the
+    jitter of 1e-2.
+    """
+
+    exploration: Exploration = Exploration.JITTER
+    exploration_rate: float = 0.01
 
 
 class LaterChoices(enum.StrEnum):
@@ -361,7 +388,7 @@ class GShard(LinearRouter):
         keep = _kept(policy, gates_of(weights, experts), self.threshold, keep_key)
         experts = jnp.where(keep.at[:, 0].set(True), experts, num_experts)
         clean = self.clean(parameters, inputs, probabilities)
-        return Choice(logits, probabilities, clean, experts, self.rounded(weights), {})
+        return Choice(logits, experts, self.rounded(weights), probabilities, clean)
 
 
 def _kept(policy: LaterChoices, gates: jax.Array, threshold: float, key: jax.Array) -> jax.Array:
@@ -426,4 +453,151 @@ class VMoE(TokenChoice):
         if inputs.train and self.load_weight:
             extra["load"] = losses.load(clean, top[:, -1:], deviation, inputs.mask)
         probabilities = jax.nn.softmax(noisy)
-        return Choice(noisy, probabilities, jax.nn.softmax(clean), experts, probabilities, extra)
+        return Choice(
+            noisy, experts, probabilities, probabilities, jax.nn.softmax(clean), losses=extra
+        )
+
+
+_MESH = Capacity(1.25, 2.0, CapacityRule.MESH)
+_VMOE = Capacity(1.05, 1.05, CapacityRule.VMOE_ROUND)
+_BALANCING = "load-balancing loss"
+_TOP_K_OF_SOFTMAX = "top-K of p; g = p"
+
+PUBLISHED: tuple[PublishedRouter, ...] = (
+    PublishedRouter(
+        "Switch",
+        "Fedus et al. 2021",
+        "top-1 of p under input jitter; g = p",
+        (0, 1),
+        _BALANCING,
+        Switch(),
+        _MESH,
+    ),
+    PublishedRouter(
+        "Switch, sampling",
+        "Fedus et al. 2021, Table 11",
+        "one expert drawn from p; g = p",
+        (0, 1),
+        _BALANCING,
+        TopK(exploration=Exploration.SAMPLE),
+        _MESH,
+    ),
+    PublishedRouter(
+        "Switch, input dropout",
+        "Fedus et al. 2021, Table 11",
+        "top-1 of p of the router's input under dropout; g = p",
+        (0, 1),
+        _BALANCING,
+        TopK(exploration=Exploration.INPUT_DROPOUT, exploration_rate=0.1),
+        _MESH,
+    ),
+    PublishedRouter(
+        "Switch, No-Token-Left-Behind",
+        "Fedus et al. 2021, appendix B",
+        "top-1 of p; dropped tokens try their second best expert; g = p",
+        (0, 1),
+        _BALANCING,
+        TopK(no_token_left_behind=True),
+        _MESH,
+    ),
+    PublishedRouter(
+        "GShard top-2",
+        "Lepikhin et al. 2020, algorithm 1",
+        "top-2 of p; g = p / (p1 + p2); second kept with probability 2 g2; first choices first",
+        (0.5, 1),
+        _BALANCING,
+        GShard(),
+        Capacity(1.0, 1.0, CapacityRule.GSHARD),
+    ),
+    PublishedRouter(
+        "GShard top-2, causal",
+        "Lepikhin et al. 2020, served left to right",
+        "as GShard top-2",
+        (0.5, 1),
+        _BALANCING,
+        GShard(order=ServiceOrder.TOKEN),
+        Capacity(1.0, 1.0, CapacityRule.GSHARD),
+    ),
+    PublishedRouter(
+        "GLaM",
+        "Du et al. 2021; praxis",
+        "top-2 of p; g = p / (p1 + p2); first choices first",
+        (1, 1),
+        _BALANCING,
+        GShard(later_choices=LaterChoices.ALL),
+        Capacity(2.0, 2.0, CapacityRule.PRAXIS),
+    ),
+    PublishedRouter(
+        "ST-MoE top-n",
+        "Zoph et al. 2022; Mesh TensorFlow",
+        "top-n of p; g = p / sum of the n; later ones kept with probability g / 0.2",
+        (1 / 3, 1),
+        "load-balancing loss; router z-loss for stability",
+        GShard(k=3, threshold=0.2, losses=Losses(load_balancing=1e-2, router_z=1e-3)),
+        Capacity(3.0, 3.0, CapacityRule.MESH),
+    ),
+    PublishedRouter(
+        "V-MoE",
+        "Riquelme et al. 2021",
+        "top-K of the softmax of x W + N(0, 1/E^2); g = that softmax",
+        (0, 1),
+        "importance and load losses",
+        VMoE(),
+        _VMOE,
+    ),
+    PublishedRouter(
+        "V-MoE, Batch Prioritized Routing",
+        "Riquelme et al. 2021, section 4",
+        "as V-MoE; tokens with the largest gate first",
+        (0, 1),
+        "importance and load losses",
+        VMoE(order=ServiceOrder.BATCH_PRIORITY),
+        _VMOE,
+    ),
+    PublishedRouter(
+        "V-MoE, assignment-level priority",
+        "Riquelme et al. 2021; asked for in google-research/vmoe issue 49",
+        "as V-MoE; (token, expert) pairs with the largest gate first",
+        (0, 1),
+        "importance and load losses",
+        VMoE(order=ServiceOrder.ASSIGNMENT_PRIORITY),
+        _VMOE,
+    ),
+    PublishedRouter(
+        "Mixtral",
+        "Jiang et al. 2024",
+        "top-2 of p; g = softmax over the two logits",
+        (1, 1),
+        "load-balancing loss over all choices",
+        TopK(k=2, renormalize=True, losses=Losses(load_balancing_all_choices=0.02)),
+        NO_DROPS,
+    ),
+    PublishedRouter(
+        "OLMoE",
+        "Muennighoff et al. 2024",
+        _TOP_K_OF_SOFTMAX,
+        (0, 1),
+        "expert-level loss",
+        TopK(k=4, losses=Losses(expert_level=1e-2, router_z=1e-3)),
+        NO_DROPS,
+    ),
+    PublishedRouter(
+        "DeepSeekMoE",
+        "Dai et al. 2024, eq. 9-17",
+        _TOP_K_OF_SOFTMAX + " (beside shared experts)",
+        (0, 1),
+        "expert-level and device-level losses",
+        TopK(k=3, losses=Losses(expert_level=3e-3, device_level=0.05, devices=4)),
+        NO_DROPS,
+    ),
+    PublishedRouter(
+        "DeepSpeed-MoE, random token selection",
+        "Rajbhandari et al. 2022",
+        "top-1 of p; slots are given in random order; g = p",
+        (0, 1),
+        _BALANCING,
+        TopK(order=ServiceOrder.RANDOM),
+        Capacity(1.0, 1.0, CapacityRule.DEEPSPEED),
+    ),
+)
+"""What papers do with the routers of this file."""

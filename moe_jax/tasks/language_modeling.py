@@ -16,13 +16,12 @@ from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig, MoEReport, TokenInfo
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.models.interface import ModelConfig
 from moe_jax.tasks.auxiliary import LayerReduction, auxiliary_loss
 from moe_jax.tasks.task import Batch, Metrics, ObservedLayer, Sums, Task, observed_layers
 
 
 @runtime_checkable
-class TextModelConfig(ModelConfig, Protocol):
+class TextModelConfig(Protocol):
     """Config of a model that is called as DecoderLM is: tokens [B, L] to logits [B, L, V].
 
     Attributes:
@@ -34,6 +33,10 @@ class TextModelConfig(ModelConfig, Protocol):
     vocab_size: int
     max_length: int
     moe: MoEConfig
+
+    @property
+    def moe_layers(self) -> list[Any]:
+        """See `moe_jax.models.interface.ModelConfig`."""
 
     @property
     def experts_of_layers(self) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.component import Component
 from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoEConfig, MoEReport, TokenInfo
 from moe_jax.routing.assignment import Routing
@@ -42,7 +43,7 @@ class ObservedLayer:
 
 
 @dataclasses.dataclass
-class Task(abc.ABC):
+class Task(Component, abc.ABC):
     """A loss for training and sums for evaluation; a component of a config."""
 
     @abc.abstractmethod

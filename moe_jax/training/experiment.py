@@ -7,55 +7,27 @@ from typing import Any
 from etils import epath
 
 from moe_jax import configuration
-from moe_jax.data.images import ImageData
+from moe_jax.component import Component
 from moe_jax.data.interface import DataConfig
-from moe_jax.data.pairs import PairData
 from moe_jax.data.pipelines import TextData
-from moe_jax.data.robot_arm import RobotArm
-from moe_jax.data.span_corruption import SpanCorruptionData
-from moe_jax.data.subword_tokenizer import Subword
-from moe_jax.data.tables import TableData
-from moe_jax.data.tokenizers import Bytes
-from moe_jax.dispatch.dropless import Dropless
-from moe_jax.dispatch.einsum import Einsum
-from moe_jax.dispatch.gather import Gather
-from moe_jax.dispatch.grouped_matmul.interface import GroupedMatmul
 from moe_jax.errors import UserError
-from moe_jax.layers.attention import MultiHead
-from moe_jax.layers.feed_forward import FeedForwardForm
-from moe_jax.layers.latent_attention import MultiHeadLatent
-from moe_jax.layers.moe import MoEConfig
-from moe_jax.layers.positions import RotaryScaling
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.models.encoder_decoder import EncoderDecoderConfig
 from moe_jax.models.interface import ModelConfig
-from moe_jax.models.mixtures.mixture import MixtureConfig
-from moe_jax.models.recurrent_lm import RecurrentLMConfig
-from moe_jax.models.recurrent_translator import RecurrentTranslatorConfig
-from moe_jax.models.stack import StackConfig
-from moe_jax.models.vision import VisionConfig
 from moe_jax.parallel.mesh import MeshConfig
-from moe_jax.routing.capacity import Capacity
-from moe_jax.routing.catalogue import ROUTERS
-from moe_jax.routing.losses import Losses
-from moe_jax.tasks.image_classification import ImageClassification
 from moe_jax.tasks.language_modeling import LanguageModeling
-from moe_jax.tasks.masked_language_modeling import MaskedLanguageModeling
-from moe_jax.tasks.mixture_regression import MixtureRegression
 from moe_jax.tasks.task import Task
-from moe_jax.tasks.text_to_text import TextToText
-from moe_jax.training.optimizers import SGD, Adafactor, AdamW, Optimizer
+from moe_jax.training.optimizers import AdamW, Optimizer
 
 
 @dataclasses.dataclass
-class Logging:
+class Logging(Component):
     """Attributes: every: steps between records in metrics.jsonl."""
 
     every: int = 10
 
 
 @dataclasses.dataclass
-class Checkpointing:
+class Checkpointing(Component):
     """Attributes: every: steps between checkpoints; keep: how many of the newest are kept."""
 
     every: int = 100
@@ -63,7 +35,7 @@ class Checkpointing:
 
 
 @dataclasses.dataclass
-class Evaluation:
+class Evaluation(Component):
     """Attributes: every: steps between evaluations (0: only at the end); batches: per evaluation."""
 
     every: int = 0
@@ -71,7 +43,7 @@ class Evaluation:
 
 
 @dataclasses.dataclass
-class Experiment:
+class Experiment(Component):
     """One training run.
 
     Attributes:
@@ -161,54 +133,6 @@ class Experiment:
             )
 
 
-# The only types that a config.json may name, by what they are.
-COMPONENTS: tuple[type, ...] = (
-    Experiment,
-    # Models and their parts.
-    DecoderLMConfig,
-    EncoderDecoderConfig,
-    VisionConfig,
-    RecurrentLMConfig,
-    RecurrentTranslatorConfig,
-    MixtureConfig,
-    StackConfig,
-    MultiHead,
-    MultiHeadLatent,
-    RotaryScaling,
-    FeedForwardForm,
-    MoEConfig,
-    *ROUTERS,
-    Losses,
-    Capacity,
-    Dropless,
-    Einsum,
-    Gather,
-    GroupedMatmul,
-    # Tasks.
-    LanguageModeling,
-    MaskedLanguageModeling,
-    TextToText,
-    ImageClassification,
-    MixtureRegression,
-    # Data.
-    TextData,
-    SpanCorruptionData,
-    PairData,
-    ImageData,
-    TableData,
-    RobotArm,
-    Bytes,
-    Subword,
-    # Training.
-    AdamW,
-    Adafactor,
-    SGD,
-    MeshConfig,
-    Logging,
-    Checkpointing,
-    Evaluation,
-)
-
 # What may differ between a run and its continuation.
 _MAY_CHANGE = ("config.mesh", "config.logging", "config.checkpoint", "config.steps")
 # So may what saves memory, of which another machine has more or less.
@@ -234,16 +158,17 @@ def read_record(workdir: epath.PathLike) -> dict[str, Any]:
 
 def load(workdir: epath.PathLike) -> Experiment:
     """Rebuilds the config of the run in `workdir`."""
-    return configuration.decode(read_record(workdir)["config"], COMPONENTS)
+    record = read_record(workdir)
+    return configuration.decode(record["config"], record.get("imports"))
 
 
 def check_can_be_rebuilt(config: Experiment) -> None:
     """Checks before training that `load` will understand the config.json of this run.
 
     Raises:
-      UserError: a component's type is missing from COMPONENTS.
+      UserError: a component's class could not be found again.
     """
-    configuration.decode(configuration.encode(config), COMPONENTS)
+    configuration.decode(configuration.encode(config))
 
 
 def check_continues(workdir: epath.PathLike, config: Experiment) -> None:
@@ -253,7 +178,8 @@ def check_continues(workdir: epath.PathLike, config: Experiment) -> None:
       UserError: another field than the mesh, logging, checkpointing, steps or what saves memory
         (`microbatches`, `remat`, `buffer_factor`) differs; all that differ are named.
     """
-    old, new = read_record(workdir)["config"], configuration.encode(config)
+    # Rebuilt first, so that a run of an earlier version is compared in today's names and fields.
+    old, new = configuration.encode(load(workdir)), configuration.encode(config)
     changed = [
         f"{path} (the run has {before!r}, you ask for {after!r})"
         for path, before, after in configuration.differences(old, new)

@@ -19,7 +19,7 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from moe_jax import configuration
+from moe_jax import component, configuration
 from moe_jax.analysis import figures
 from moe_jax.data.interface import Pipeline
 from moe_jax.data.tokenizers import Tokenizer
@@ -168,6 +168,7 @@ def _write_config(
 ) -> None:
     record = {
         "config": configuration.encode(run.config),
+        "imports": component.origins(configuration.classes(run.config)),
         "dataset": dataset,
         **provenance.record(),
     }

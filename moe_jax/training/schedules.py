@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax.component import Component
 from moe_jax.errors import UserError
 
 
@@ -29,7 +30,7 @@ class Schedule(enum.StrEnum):
 
 
 @dataclasses.dataclass
-class ScheduledRate:
+class ScheduledRate(Component):
     """A learning rate that rises, stays, falls by its schedule, and cools down.
 
     T5's rate of 1 / sqrt(max(step, 10k)), "base 1.0", is INVERSE_SQRT with a peak of 0.01, no

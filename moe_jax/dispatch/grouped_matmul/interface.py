@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from moe_jax.component import Component
 from moe_jax.dispatch.grouped_matmul import blocks, ragged_dot, reference, tokamax
 from moe_jax.dispatch.varying import varying_alike
 from moe_jax.errors import UserError
@@ -60,7 +61,7 @@ _TOKAMAX: dict[Backend, tokamax.Implementation] = {
 
 
 @dataclasses.dataclass
-class GroupedMatmul:
+class GroupedMatmul(Component):
     """Which backend computes what; a component of a config.
 
     Attributes:

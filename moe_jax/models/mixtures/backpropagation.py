@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import UserError
+from moe_jax.models.interface import ModelConfig
 from moe_jax.models.mixtures import tree
 from moe_jax.models.mixtures.mixture import Link
 
 
 @dataclasses.dataclass
-class BackpropagationConfig:
+class BackpropagationConfig(ModelConfig):
     """Logistic hidden units, and outputs with a link of their own.
 
     Attributes:

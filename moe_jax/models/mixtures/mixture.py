@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import UserError
+from moe_jax.models.interface import ModelConfig
 from moe_jax.models.mixtures import tree
 from moe_jax.models.mixtures.tree import Tree
 
@@ -25,7 +26,7 @@ class Link(enum.StrEnum):
 
 
 @dataclasses.dataclass
-class MixtureConfig:
+class MixtureConfig(ModelConfig):
     """A mixture of experts with one layer each.
 
     Attributes:
