@@ -160,7 +160,7 @@ def _result(config: Experiment, chosen: Mapping[str, float]) -> dict[str, Any]:
     sides: dict[str, Any] = {}
     for side, its_config in zip(SIDES, (config, dense), strict=True):
         trials = [Trial(side, chosen[side], seed) for seed in SEEDS]
-        count = account(its_config.model, config.data)
+        count = account(its_config.with_group_sizes().model, config.data)
         sides[side] = {
             "learning_rate": chosen[side],
             "validation_loss_by_learning_rate": {

@@ -143,7 +143,7 @@ def _profile(run: Run, output: epath.Path) -> StepProfile:
         name: total / len(batches)
         for name, total in profile.device_seconds(program, output).items()
     }
-    counted = account(config.model, config.data)
+    counted = account(config.with_group_sizes().model, config.data)
     units = size * config.data.tokens_per_row if counted.unit == "token" else size
     return StepProfile(
         profile.traffic(program, run.mesh.shape),

@@ -46,6 +46,8 @@ def main() -> None:
     for name, config in runs.items():
         _LOG.info("== %s: %d steps in %s", name, config.steps, workdir / name)
         records[name] = loop.train(config, workdir / name)
+        report = workdir / name / "report.png"
+        figures.save_run_report(records[name], config.model.moe_layers, str(workdir / name), report)
 
     _print_sample(workdir / "moe")
     _print_summary(runs, records)
@@ -94,7 +96,7 @@ def _print_summary(runs: dict[str, Experiment], records: dict[str, list[metrics.
     rows: dict[str, list[str]] = {}
     for name, config in runs.items():
         last = records[name][-1]
-        count = account(config.model, config.data)
+        count = account(config.with_group_sizes().model, config.data)
         loss = last["eval/loss"]
         speeds = [r["time/tokens_per_second"] for r in records[name] if "time/step_ms" in r]
         tokens = config.steps * config.data.batch_size * config.data.tokens_per_row

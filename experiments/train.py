@@ -1,72 +1,11 @@
 """Trains the model of a config, or continues a run.
 
-    python experiments/train.py --config=configs/quickstart.py --workdir=runs/mine \
-        [--steps=500] [--config.model.num_experts=16] [--profile_steps=10:5]
-
---topology=v4:8x8x16 takes the mesh, and what else saves memory, that the config file has for this
-machine (its PODS), which experiments/compile_pod.py compiles; --mesh=data:32,expert:8 goes before.
-
-Running the same command again continues the run from its newest good checkpoint.
-
-Several processes, which must share the folder, are started with the same command and, on each,
---coordinator=HOST:PORT --process_count=N --process_id=0 (to N-1), or with --distributed alone where
-JAX can detect these.
+The command itself is moe_jax/commands/train.py, which an installed package has, too:
+python -m moe_jax train ...
 """
 
-import jax
-from absl import flags
-from ml_collections import config_flags
-
 from moe_jax import command_line
-from moe_jax.parallel import multihost
-from moe_jax.parallel.mesh import parse_mesh
-from moe_jax.pods.layouts import laid_out, pods_of
-from moe_jax.training import loop, traced_steps
-
-_CONFIG = command_line.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-_STEPS = flags.DEFINE_integer("steps", None, "Total number of steps; default: the config's.")
-_PROFILE_STEPS = flags.DEFINE_string(
-    "profile_steps",
-    "",
-    "FIRST:COUNT, such as 10:5: these steps run under the profiler, into WORKDIR/profile.",
-)
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "Machine whose layout the config file has; default: the config's own mesh."
-)
-_MESH = flags.DEFINE_string(
-    "mesh", "", "Such as data:4,expert:8; default: the layout's or config's."
-)
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "One of several processes, as the cluster says (TPU, GKE, Slurm, MPI)."
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port at which process 0 is found by the others."
-)
-_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
-
-
-def main() -> None:
-    """Trains and says where the results are."""
-    profiled = traced_steps.parse(_PROFILE_STEPS.value)
-    multihost.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_ID.value)
-    config = command_line.experiment(_CONFIG.value)
-    if _TOPOLOGY.value:
-        layouts = pods_of(config_flags.get_config_filename(flags.FLAGS["config"]))
-        config, _ = laid_out(config, layouts, _TOPOLOGY.value, _MESH.value)
-    elif _MESH.value:
-        config.mesh = parse_mesh(_MESH.value, config.mesh)
-    if _STEPS.value is not None:
-        config.steps = _STEPS.value
-    records = loop.train(config, _WORKDIR.value, profiled=profiled)
-    if jax.process_index():
-        return
-    last = records[-1]
-    accuracy = f", accuracy {100 * last['eval/accuracy']:.1f}%" if "eval/accuracy" in last else ""
-    print(f"step {last['step']}: held-out loss {last['eval/loss']:.4f}{accuracy}")
-    print(f"results are in {_WORKDIR.value}: report.png, metrics.jsonl, config.json, checkpoints/")
-
+from moe_jax.commands import train
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run_command(train)

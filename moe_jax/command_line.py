@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -16,15 +17,24 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from moe_jax import component
 from moe_jax.errors import UserError
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.loop import Interrupted
+
+# So that --help shows a script's own flags and those that it adopts, and no module's between them.
+flags.disclaim_key_flags()
 
 USER_ERROR_STATUS = 2
 # What the machine and not the program is to blame for.
 _ENVIRONMENT_ERRORS = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS
 }  # fmt: skip
+
+
+_IMPORT = flags.DEFINE_multi_string(
+    "import", [], "Module or file that defines classes of the run's config; may be given again."
+)
 
 
 def define_config() -> flags.FlagHolder:
@@ -50,6 +60,13 @@ def experiment(config: Any) -> Experiment:
             "such as --config=configs/quickstart.py."
         )
     return config
+
+
+def run_command(command: ModuleType) -> None:
+    """Runs the `main` of a module of `moe_jax.commands`; --help shows its text and its flags."""
+    flags.adopt_module_key_flags(command)
+    sys.modules["__main__"].__doc__ = command.__doc__
+    run(command.main)
 
 
 def run(main: Callable[[], None], default_config: str | None = None) -> None:
@@ -95,6 +112,8 @@ def _main(main: Callable[[], None], argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; flags are written --name=value.")
     keep_compiled_programs()
+    for name in _IMPORT.value:
+        component.import_named(name)
     main()
 
 

@@ -15,7 +15,9 @@ README = (ROOT / "README.md").read_text()
 
 # From the ground floor up; a module imports only from its own floor and those before it.
 FLOORS = [
-    ["errors", "configuration", "special_functions"],
+    ["errors", "renamed"],
+    ["component", "special_functions"],
+    ["configuration"],
     ["parallel"],
     ["data"],
     ["routing"],
@@ -27,6 +29,8 @@ FLOORS = [
     ["training"],
     ["command_line"],
     ["pods", "reproduction"],
+    ["commands"],
+    ["__main__"],
 ]
 FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names}
 MODULES = sorted((ROOT / "moe_jax").rglob("*.py"))

@@ -245,7 +245,7 @@ def _rows(config: EncoderDecoderConfig, shards: int, texts: int, length: int) ->
     """The fewest rows for all texts that shards divide, and groups where the encoder has them."""
     unit = shards
     if encoder_mode(config) == Mode.EVALUATE:
-        tokens = config.encoder.moe.group_size * shards
+        tokens = config.encoder.moe.for_rows(length).group_size * shards
         unit = math.lcm(shards, tokens // math.gcd(tokens, length))
     return -(-texts // unit) * unit
 

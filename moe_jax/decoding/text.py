@@ -15,13 +15,16 @@ from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import TOKEN_AXES
 from moe_jax.parallel.sharding import axis_size
 
+MOST_NEW_TOKENS = 128
+"""How many tokens are added where nobody says how many."""
+
 
 def continue_texts(
     model: Any,
     mesh: Mesh,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    new_tokens: int,
+    new_tokens: int | None,
     sampling: Sampling,
     seed: int,
 ) -> list[str]:
@@ -32,7 +35,7 @@ def continue_texts(
       mesh: its token shards split the batch, which is filled up with copies to divide evenly.
       tokenizer: of the text that the model was trained on.
       prompts: each is the beginning of a text; an empty one starts a text.
-      new_tokens: tokens to add to each.
+      new_tokens: tokens to add to each; None for as many as the model has room for, at most 128.
       sampling: how to draw.
       seed: of the draws.
 
@@ -42,11 +45,19 @@ def continue_texts(
     sampling.validate(model.config.vocab_size)
     encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     longest = max(map(len, encoded))
-    if longest + new_tokens - 1 > model.config.max_length:
+    # The last token that is drawn is never read.
+    room = model.config.max_length - longest + 1
+    if room < 1:
         raise UserError(
-            f"--max_new_tokens is {new_tokens}, which after a prompt of {longest} tokens is more "
-            f"than model.max_length={model.config.max_length}; ask for at most "
-            f"{model.config.max_length - longest + 1} or shorten the prompt."
+            f"a prompt has {longest} tokens, more than model.max_length={model.config.max_length}; "
+            "shorten it."
+        )
+    new_tokens = min(room, MOST_NEW_TOKENS) if new_tokens is None else new_tokens
+    if new_tokens > room:
+        raise UserError(
+            f"max_new_tokens is {new_tokens}, which after a prompt of {longest} tokens is more "
+            f"than model.max_length={model.config.max_length}; ask for at most {room} or shorten the "
+            "prompt."
         )
     rows = -len(prompts) % axis_size(mesh, TOKEN_AXES)
     tokens, mask = left_padded(encoded + encoded[:1] * rows, tokenizer.PAD)

@@ -10,13 +10,14 @@ Axis letters
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.component import Component
 from moe_jax.dispatch.gather import Gather
@@ -28,8 +29,16 @@ from moe_jax.layers.feed_forward import FeedForwardForm
 from moe_jax.layers.initializers import Scale, scaled_truncated_normal
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.shared_experts import BranchMix, SharedExperts
-from moe_jax.parallel.mesh import DATA, EXPERT, MODEL, TOKEN_AXES, mesh_in_force
-from moe_jax.parallel.sharding import axis_size, partition_spec
+from moe_jax.parallel.mesh import (
+    DATA,
+    EXPERT,
+    FSDP_MIN_SIZE,
+    MODEL,
+    TOKEN_AXES,
+    mesh_in_force,
+    mesh_of_arrays,
+)
+from moe_jax.parallel.sharding import axis_size, parameter_spec, partition_spec
 from moe_jax.routing.assignment import Mean, Router, RouterInputs, Routing
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.statistics import of_load
@@ -44,7 +53,9 @@ class MoEConfig(Component):
       router: any `moe_jax.routing.assignment.Router`; swap it by a Python line in a config.
       capacity: slots per expert; left as it is where the dispatch is dropless.
       group_size: S, tokens that compete for the same slots in training and evaluation. Groups are
-        consecutive tokens of the batch, so the result does not depend on the mesh.
+        consecutive tokens of the batch, so the result does not depend on the mesh. 0: a group is
+        `group_rows` rows of the batch, whatever their length.
+      group_rows: rows of a group where `group_size` is 0: by default each sequence is a group.
       dispatch: how tokens reach their experts: any `moe_jax.dispatch.interface.Dispatch`.
       experts: form of each expert's feed-forward network, and of the shared experts'.
       expert_layers: residual feed-forward networks in each expert, one after the other (BASE: 10);
@@ -57,7 +68,8 @@ class MoEConfig(Component):
 
     router: Router = dataclasses.field(default_factory=TopK)
     capacity: Capacity = dataclasses.field(default_factory=Capacity)
-    group_size: int = 1024
+    group_size: int = 0
+    group_rows: int = 1
     dispatch: Dispatch = dataclasses.field(default_factory=Gather)
     experts: FeedForwardForm = dataclasses.field(default_factory=FeedForwardForm)
     expert_layers: int = 1
@@ -76,10 +88,21 @@ class MoEConfig(Component):
                 f"{type(self.dispatch).__name__}, which serves every choice; leave moe.capacity as "
                 "it is, or use moe.dispatch = Gather()."
             )
-        if self.group_size < 1:
-            raise UserError(f"moe.group_size is {self.group_size}; it must be at least 1 token.")
-        for train in (True, False):
-            self.slots(num_experts, train)
+        if self.group_size < 0:
+            raise UserError(
+                f"moe.group_size is {self.group_size}; it must be at least 1 token, or 0 for groups of "
+                "moe.group_rows rows."
+            )
+        if self.group_rows < 1:
+            raise UserError(f"moe.group_rows is {self.group_rows}; it must be at least 1 row.")
+        if self.group_size and self.group_rows > 1:
+            raise UserError(
+                f"moe.group_size is {self.group_size} tokens and moe.group_rows is {self.group_rows}, "
+                "which both say how large a group is; leave one of them out."
+            )
+        if self.group_size:
+            for train in (True, False):
+                self.slots(num_experts, train)
         if self.expert_layers < 1:
             raise UserError(f"moe.expert_layers is {self.expert_layers}; it must be at least 1.")
         if self.shared_experts < 0:
@@ -91,12 +114,23 @@ class MoEConfig(Component):
         if not 0 <= self.expert_dropout < 1:
             raise UserError(f"moe.expert_dropout is {self.expert_dropout}; it must be in [0, 1).")
 
+    def for_rows(self, length: int) -> "MoEConfig":
+        """The same for rows of so many tokens, with `group_size` said in tokens."""
+        if self.group_size:
+            return self
+        return dataclasses.replace(self, group_size=self.group_rows * length, group_rows=1)
+
     def slots(self, num_experts: int, train: bool) -> int:
         """C, slots per expert and group; S, which nothing can exceed, where no choice is dropped.
 
         Raises:
-          UserError: the capacity policy gives none.
+          UserError: the capacity policy gives none, or groups are rows of unknown length, see
+            `for_rows`.
         """
+        if not self.group_size:
+            raise UserError(
+                "moe.group_size is 0, so that a group's tokens depend on the length of rows; set it."
+            )
         policy = Capacity(rule=CapacityRule.NO_DROPS) if self.dispatch.dropless else self.capacity
         return self.router.slots(policy, self.group_size, num_experts, train)
 
@@ -126,7 +160,7 @@ class TokenInfo:
 
     @classmethod
     def of(cls, token_ids: jax.Array, rows_mask: jax.Array | None = None) -> "TokenInfo":
-        """Of rows that are one sequence each and wholly real or wholly padding.
+        """For batches whose rows are one sequence each, all real tokens or all padding.
 
         Args:
           token_ids: [B, L] int32.
@@ -205,10 +239,10 @@ class MoE(nnx.Module):
         width: int,
         mlp_width: int,
         num_experts: int,
-        scale: Scale,
-        key: jax.Array,
+        scale: Scale = 1.0,
+        key: jax.Array | None = None,
     ) -> None:
-        """Draws the parameters.
+        """Draws the parameters, laid out over the mesh where one is set (`jax.set_mesh`).
 
         Args:
           config: the routing.
@@ -216,36 +250,32 @@ class MoE(nnx.Module):
           mlp_width: f.
           num_experts: E.
           scale: s of the truncated normal with variance s / fan_in (Switch: 0.1), or its deviation.
-          key: PRNG key.
+          key: PRNG key, which must be given.
 
         Raises:
-          UserError: the fields of `config` do not fit together.
+          UserError: the fields of `config` do not fit together, or the mesh does not divide a
+            dimension.
         """
+        if key is None:
+            raise UserError("key is None; give the layer a PRNG key, such as jax.random.key(0).")
         config.validate(num_experts)
-        router_key, in_key, out_key = jax.random.split(key, 3)
         self.config = nnx.static(config)
         self.num_experts = num_experts
-        self.router = nnx.data(
-            {
-                name: nnx.Param(value, axes=("router",) * value.ndim)
-                for name, value in config.router.init(router_key, width, num_experts).items()
-            }
+        axes = _expert_axes(config)
+        draw: Callable[..., Any] = functools.partial(
+            _initial_arrays, config, width, mlp_width, num_experts, scale
         )
+        mesh = mesh_of_arrays(key)
+        if mesh is not None:
+            # Drawn where they belong: no device ever holds all experts.
+            draw = jax.jit(draw, out_shardings=_shardings(jax.eval_shape(draw, key), axes, mesh))
+        router, state, experts = draw(key)
+        self.router = nnx.data({name: _router_array(nnx.Param, a) for name, a in router.items()})
         self.router_state = nnx.data(
-            {
-                name: RouterState(value, axes=("router",) * value.ndim)
-                for name, value in config.router.init_state(num_experts).items()
-            }
+            {name: _router_array(RouterState, a) for name, a in state.items()}
         )
-        keys = {"w_in": in_key, "w_out": out_key, "w_gate": jax.random.fold_in(key, 4)}
-        for name, shape in config.experts.shapes(width, mlp_width).items():
-            sublayers = (config.expert_layers,) if config.expert_layers > 1 else ()
-            stacked = (num_experts, *sublayers, *shape)
-            if name in keys:
-                value = scaled_truncated_normal(keys[name], stacked, shape[0], scale)
-            else:
-                value = config.experts.initial_bias(name, stacked)
-            setattr(self, name, nnx.Param(value, axes=_expert_axes(config)[name]))
+        for name, value in experts.items():
+            setattr(self, name, nnx.Param(value, axes=axes[name]))
         self.shared = (
             SharedExperts(
                 width,
@@ -261,23 +291,39 @@ class MoE(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, info: TokenInfo, mode: Mode, key: jax.Array | None
+        self,
+        x: jax.Array,
+        info: TokenInfo | None = None,
+        mode: Mode = Mode.EVALUATE,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEReport]:
-        """Applies the layer.
+        """Applies the layer, inside `jax.jit` or outside, where it is compiled on its own.
+
+        It runs on the mesh of `jax.set_mesh`, or else on one device. A layer that was built before
+        the mesh was set is laid out over it by the first call outside `jax.jit`.
 
         Args:
           x: [B, L, d] in the compute dtype.
-          info: of each token.
-          mode: decides noise, capacity and what the report holds.
+          info: of each token; by default each row is one sequence of real tokens without ids.
+          mode: decides noise, capacity and what the report holds: Mode.TRAIN or, by default,
+            Mode.EVALUATE.
           key: PRNG key of this layer and step; None where nothing is random.
 
         Returns:
           [B, L, d] (0 for tokens without a slot: the residual carries them), and the report.
 
         Raises:
-          UserError: the tokens cannot be cut into groups, or the groups into the mesh's shards.
+          UserError: the tokens cannot be cut into groups, or the groups into the mesh's shards; or
+            the router reads token ids and `info` is None.
         """
         router = self.config.router
+        if info is None:
+            if router.reads_token_ids:
+                raise UserError(
+                    f"info is None, but {type(router).__name__} routes by token ids; give "
+                    "info=TokenInfo.of(token_ids)."
+                )
+            info = TokenInfo.of(jnp.zeros(x.shape[:2], jnp.int32))
         if mode == Mode.DECODE and not router.tokens_choose:
             raise UserError(
                 f"model.moe.router is {type(router).__name__}, which routes whole groups and cannot "
@@ -290,21 +336,28 @@ class MoE(nnx.Module):
                 f"the layer has {self.num_experts} experts, which the {owners} devices of mesh axis "
                 "expert do not divide; change one of them."
             )
+        config = self.config.for_rows(x.shape[1])
         tokens = x.shape[0] * x.shape[1]
         # A decoded row is its own group: nothing is dropped, so groups change nothing but memory.
-        group_size = x.shape[1] if mode == Mode.DECODE else self.config.group_size
+        group_size = x.shape[1] if mode == Mode.DECODE else config.group_size
         groups = number_of_groups(tokens, group_size, axis_size(mesh, TOKEN_AXES))
         capacity = group_size
         if mode != Mode.DECODE:
-            capacity = self.config.slots(self.num_experts, mode == Mode.TRAIN)
+            capacity = config.slots(self.num_experts, mode == Mode.TRAIN)
+        self._lay_out()
         state = {name: value[...] for name, value in self.router_state.items()}
-        grouped = jax.tree.map(lambda a: a.reshape(groups, group_size, *a.shape[2:]), (x, info))
-        y, report = _moe_shard_map(mesh, self.config, self.num_experts, capacity, mode)(
-            *grouped,
-            jnp.arange(tokens, dtype=jnp.int32).reshape(groups, group_size),
+        y, report = _moe(
+            x,
+            info,
             {name: value[...] for name, value in self.router.items()} | state,
-            {name: getattr(self, name)[...] for name in _expert_axes(self.config)},
+            {name: getattr(self, name)[...] for name in _expert_axes(config)},
             jax.random.key(0) if key is None else key,
+            mesh=mesh,
+            config=config,
+            num_experts=self.num_experts,
+            groups=groups,
+            capacity=capacity,
+            mode=mode,
         )
         weights = self.config.router.loss_weights
         weighted = [weights[name] * loss for name, loss in report.losses.items()]
@@ -312,12 +365,90 @@ class MoE(nnx.Module):
         if mode == Mode.TRAIN:
             for name, value in self.config.router.next_state(state, report.statistics).items():
                 self.router_state[name][...] = jax.lax.stop_gradient(value)
-        y = y.reshape(x.shape)
         if self.shared is not None:
             shared_key = None if key is None or mode != Mode.TRAIN else jax.random.fold_in(key, 3)
             with jax.named_scope("shared_experts"):
                 y = self.shared(x, y, shared_key)
         return y, report
+
+    def _lay_out(self) -> None:
+        """Puts the parameters where the mesh in force wants them, if they are elsewhere."""
+        for path, variable in nnx.to_flat_state(nnx.state(self)):
+            mesh = mesh_of_arrays(variable[...])
+            if mesh is not None:
+                name, axes = "/".join(map(str, path)), variable.get_metadata()["axes"]
+                spec = parameter_spec(name, variable.shape, axes, mesh, FSDP_MIN_SIZE)
+                variable[...] = jax.device_put(variable[...], NamedSharding(mesh, spec))
+
+
+def _initial_arrays(
+    config: MoEConfig,
+    width: int,
+    mlp_width: int,
+    num_experts: int,
+    scale: Scale,
+    key: jax.Array,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+    """Arrays by name: the router's parameters, its state, and the experts'."""
+    router_key, in_key, out_key = jax.random.split(key, 3)
+    keys = {"w_in": in_key, "w_out": out_key, "w_gate": jax.random.fold_in(key, 4)}
+    sublayers = (config.expert_layers,) if config.expert_layers > 1 else ()
+    experts = {}
+    for name, shape in config.experts.shapes(width, mlp_width).items():
+        stacked = (num_experts, *sublayers, *shape)
+        if name in keys:
+            experts[name] = scaled_truncated_normal(keys[name], stacked, shape[0], scale)
+        else:
+            experts[name] = config.experts.initial_bias(name, stacked)
+    router = config.router.init(router_key, width, num_experts)
+    return router, config.router.init_state(num_experts), experts
+
+
+def _router_array(kind: type[nnx.Variable], value: jax.Array) -> nnx.Variable:
+    return kind(value, axes=("router",) * value.ndim)
+
+
+def _shardings(shapes: Any, axes: dict[str, tuple[str, ...]], mesh: Mesh) -> Any:
+    """Where `_initial_arrays` belong: experts split by their names, the router whole."""
+    router, state, experts = shapes
+    whole = NamedSharding(mesh, PartitionSpec())
+    split = {
+        name: NamedSharding(
+            mesh, parameter_spec(name, shape.shape, axes[name], mesh, FSDP_MIN_SIZE)
+        )
+        for name, shape in experts.items()
+    }
+    return jax.tree.map(lambda _: whole, router), jax.tree.map(lambda _: whole, state), split
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("mesh", "config", "num_experts", "groups", "capacity", "mode"),
+)
+def _moe(
+    x: jax.Array,
+    info: TokenInfo,
+    router: dict[str, jax.Array],
+    parameters: dict[str, jax.Array],
+    key: jax.Array,
+    *,
+    mesh: Any,
+    config: MoEConfig,
+    num_experts: int,
+    groups: int,
+    capacity: int,
+    mode: Mode,
+) -> tuple[jax.Array, MoEReport]:
+    """The routed experts on [B, L, d]; see `_moe_of_shard`.
+
+    Compiled, because outside jit a shard_map runs operation by operation, which takes seconds;
+    inside another jit it is part of that program.
+    """
+    grouped = jax.tree.map(lambda a: a.reshape(groups, -1, *a.shape[2:]), (x, info))
+    index = jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32).reshape(groups, -1)
+    layer = _moe_shard_map(mesh, config, num_experts, capacity, mode)
+    y, report = layer(*grouped, index, router, parameters, key)
+    return y.reshape(x.shape), report
 
 
 def number_of_groups(tokens: int, group_size: int, shards: int) -> int:

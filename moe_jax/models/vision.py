@@ -318,7 +318,7 @@ def resized(
             "of an image, so that it cannot follow another image_size; use whole images."
         )
     new = dataclasses.replace(config, image_size=image_size)
-    if config.sparse:
+    if config.sparse and images:
         new.moe = dataclasses.replace(config.moe, group_size=images * new.num_tokens)
     new.validate()
     table = resized_positions(

@@ -19,6 +19,7 @@ from moe_jax.errors import UserError
 DATA, EXPERT, MODEL = "data", "expert", "model"
 AXES = (DATA, EXPERT, MODEL)
 TOKEN_AXES = (DATA, EXPERT)  # Tokens are split over both and replicated over `model`.
+FSDP_MIN_SIZE = 2**18  # Elements of the smallest parameter that is worth gathering.
 
 
 @dataclasses.dataclass
@@ -40,7 +41,7 @@ class MeshConfig(Component):
     expert: int = 1
     model: int = 1
     host_devices: int = 8
-    fsdp_min_size: int = 2**18
+    fsdp_min_size: int = FSDP_MIN_SIZE
 
     @property
     def size(self) -> int:
@@ -133,6 +134,17 @@ def mesh_in_force() -> Mesh | jax.sharding.AbstractMesh:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return make_mesh(MeshConfig()) if mesh.empty else mesh
+
+
+def mesh_of_arrays(array: jax.Array) -> Mesh | None:
+    """The mesh set by `jax.set_mesh` whose devices an array can be put on; None while tracing."""
+    if isinstance(array, jax.core.Tracer):
+        return None
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:  # JAX's answer inside jit and its like.
+        return None
+    return None if mesh.empty else mesh
 
 
 def platform_in_force() -> str:

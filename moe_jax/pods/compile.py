@@ -65,7 +65,8 @@ def compile_step(
     config.validate()
     devices, platform = _devices(topology)
     run = Run.on(config, mesh_of(config.mesh, devices))
-    accounted = training_flops(config.model, config.data, platform, run.mesh.shape)
+    counted = config.with_group_sizes()
+    accounted = training_flops(counted.model, counted.data, platform, run.mesh.shape)
     start = time.perf_counter()
     compiled, refusal = _compile(run, topology.chip.hbm)
     seconds = time.perf_counter() - start

@@ -108,7 +108,7 @@ class Plan:
         """What came of the finished side, whose runs were on `platform` (cpu, gpu)."""
         rate = self.learning_rate()
         assert rate is not None, f"{self.claim}: {self.side.name} is not finished"
-        config = self.side.config(rate, self.side.seeds[0])
+        config = self.side.config(rate, self.side.seeds[0]).with_group_sizes()
         mesh = {axis: getattr(config.mesh, axis) for axis in AXES}
         flops = training_flops(config.model, config.data, platform, mesh)
         grid = self.grid() if len(self.side.learning_rates) > 1 else {}

@@ -185,6 +185,11 @@ class Router(Component, abc.ABC):
         return True
 
     @property
+    def reads_token_ids(self) -> bool:
+        """Whether it routes by `RouterInputs.token_ids`, which not every caller has."""
+        return False
+
+    @property
     def largest_gate(self) -> float:
         """No gate is larger; histograms of gates end here."""
         return 1.0

@@ -87,6 +87,11 @@ class HashRouter(Router):
     seed: int = 0
     token_counts: tuple[int, ...] = ()
 
+    @property
+    def reads_token_ids(self) -> bool:
+        """Yes."""
+        return True
+
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range, or counts that no one reads."""
         if self.vocab_size < 1:

@@ -77,7 +77,8 @@ class ImageClassification(Task):
         """See `Task`: patches, and the class token if there is one."""
         if not model.moe_layers:
             return []
-        return [("model.moe.group_size", model.num_tokens, model.moe.group_size)]
+        moe = model.moe.for_rows(model.num_tokens)
+        return [("model.moe.group_size", model.num_tokens, moe.group_size)]
 
     def training_loss(
         self, model: Vision, batch: Batch, key: jax.Array

@@ -81,7 +81,8 @@ class TextTask(Task):
         """See `Task`."""
         if not model.moe_layers:
             return []
-        return [("model.moe.group_size", data.sequence_length, model.moe.group_size)]
+        moe = model.moe.for_rows(data.sequence_length)
+        return [("model.moe.group_size", data.sequence_length, moe.group_size)]
 
     @abc.abstractmethod
     def evaluation_tokens(self, batch: Batch) -> jax.Array:

@@ -130,7 +130,9 @@ def observed_layers(
     """
     labels = jnp.broadcast_to(domain[:, None], info.mask.shape)
     tokens = RoutedTokens(info.mask, info.token_ids, info.positions, info.sequence_ids, labels)
-    grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, moe.group_size), tokens)
+    grouped = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, moe.for_rows(info.mask.shape[1]).group_size), tokens
+    )
     routings = [
         jax.tree.map(lambda leaf, i=i: leaf[i], report.routing)
         for report in reports

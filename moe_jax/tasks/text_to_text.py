@@ -97,7 +97,7 @@ class TextToText(Task):
         for stack, length in lengths.items():
             field, moe = _moe_of(model, stack)
             if _layers_of(model, stack):
-                groups.append((f"{field}.group_size", length, moe.group_size))
+                groups.append((f"{field}.group_size", length, moe.for_rows(length).group_size))
         return groups
 
     def training_loss(self, model: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:

@@ -95,6 +95,13 @@ class Experiment(Component):
         for field, tokens, group_size in self.task.moe_inputs(self.model, self.data):
             self._validate_groups(field, tokens, group_size)
 
+    def with_group_sizes(self) -> "Experiment":
+        """The same run with the groups of every MoE layer said in tokens, for counting."""
+        changes: dict[str, Any] = {}
+        for field, _, group_size in self.task.moe_inputs(self.model, self.data):
+            changes |= {field: group_size, field.replace("group_size", "group_rows"): 1}
+        return configuration.changed(self, changes)
+
     def _validate_mesh(self) -> None:
         """Checks that the mesh divides rows, and what it splits of the model."""
         batch_size, shards = self.data.batch_size, self.mesh.token_shards

@@ -20,7 +20,6 @@ from etils import epath
 from tqdm import tqdm
 
 from moe_jax import component, configuration
-from moe_jax.analysis import figures
 from moe_jax.data.interface import Pipeline
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import UserError
@@ -62,8 +61,8 @@ def train(
 
     Args:
       config: the run.
-      workdir: gets config.json, metrics.jsonl, TensorBoard events, checkpoints/ and report.png; a
-        path that epath knows, also on Google Cloud Storage or S3.
+      workdir: gets config.json, metrics.jsonl, TensorBoard events and checkpoints/; a path that epath
+        knows, also on Google Cloud Storage or S3.
       on_stage: told of the stages of each checkpoint.
       profiled: steps under JAX's profiler; see `moe_jax.training.traced_steps`.
 
@@ -103,11 +102,6 @@ def train(
             _Loop(run, data, evaluate, checkpoints, workdir).go(state, step, profiled)
         else:
             _evaluate_finished(state, step, evaluate, workdir)
-    if _first_process():
-        figures.save_run_report(
-            metrics.read(workdir), config.model.moe_layers, str(workdir), workdir / "report.png"
-        )
-    # Process 0 may draw for longer than its absence at the exit would be put up with.
     multihost.wait_for_all()
     return metrics.read(workdir)
 

@@ -1,6 +1,7 @@
 """A finished or running run, opened to be used: its config and its newest good parameters."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,10 +10,12 @@ from etils import epath
 from moe_jax.data.corpus import CorpusData
 from moe_jax.data.interface import Pipeline
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.decoding.generation import generate_texts
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import parse_mesh
-from moe_jax.training import experiment
+from moe_jax.training import experiment, metrics
 from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.run import Run
 
 
@@ -57,6 +60,22 @@ class Trained:
         """The run's data, in the tokens that it was trained on."""
         return self.run.config.data.reopen(self.run.config.seed, self.workdir)
 
+    def evaluate(self, split: str | None = None, batches: int | None = None) -> metrics.Record:
+        """`eval/<metric>` on held-out data and `eval/<metric>/<domain>`; defaults are the config's."""
+        config = self.run.config
+        evaluate = Evaluator(
+            self.run,
+            self.open_data(),
+            split or config.data.held_out_split,
+            batches or config.evaluation.batches,
+        )
+        with jax.set_mesh(self.run.mesh):
+            return evaluate(self.parameters, self.variables)
+
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """A text for each prompt; options as in `moe_jax.decoding.generation.generate_texts`."""
+        return generate_texts(self.model, self.run.mesh, self.tokenizer, prompts, **options)
+
     @classmethod
     def load(cls, workdir: epath.PathLike, mesh: str = "", step: int | None = None) -> "Trained":
         """Opens a run.
@@ -88,3 +107,24 @@ class Trained:
         with jax.set_mesh(run.mesh):
             state = run.restore(checkpoints, step)
         return cls(epath.Path(workdir), run, step, state.parameters, state.variables)
+
+
+def load(workdir: epath.PathLike, mesh: str = "", step: int | None = None) -> Trained:
+    """Opens a run; see `Trained.load`."""
+    return Trained.load(workdir, mesh, step)
+
+
+def evaluate(
+    run: Trained | epath.PathLike, split: str | None = None, batches: int | None = None
+) -> metrics.Record:
+    """What a run, or the run in a folder, reaches on held-out data; see `Trained.evaluate`."""
+    return _opened(run).evaluate(split, batches)
+
+
+def generate(run: Trained | epath.PathLike, prompts: Sequence[str], **options: Any) -> list[str]:
+    """Texts by a run, or by the run in a folder; see `Trained.generate`."""
+    return _opened(run).generate(prompts, **options)
+
+
+def _opened(run: Trained | epath.PathLike) -> Trained:
+    return run if isinstance(run, Trained) else Trained.load(run)
