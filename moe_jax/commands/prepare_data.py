@@ -9,10 +9,10 @@ part of it with npm. The last two take about 75 s on one core.
 
 from absl import flags
 
-from moe_jax.data.builders import BUILDERS
+from moe_jax.data.builders import builders
 from moe_jax.data.sources import prepare_dataset
 
-_DATASET = flags.DEFINE_string("dataset", None, f"One of {', '.join(BUILDERS)}.", required=True)
+_DATASET = flags.DEFINE_string("dataset", None, f"One of {', '.join(builders())}.", required=True)
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", "", "Where to put it; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."
 )

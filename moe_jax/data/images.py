@@ -10,13 +10,16 @@ from typing import Any, overload
 
 import jax
 import numpy as np
-import tensorflow_datasets as tfds
-from PIL import Image
+from etils import epy
 
 from moe_jax.data.interface import DataConfig
 from moe_jax.data.rows import Row, RowPipeline
 from moe_jax.data.sources import OpenedDataset, open_dataset
 from moe_jax.errors import UserError
+
+with epy.lazy_imports():
+    import tensorflow_datasets as tfds
+    from PIL import Image
 
 
 @dataclasses.dataclass

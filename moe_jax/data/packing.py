@@ -20,12 +20,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 import tqdm
+from etils import epy
 
 from moe_jax.data.sources import OpenedDataset
 from moe_jax.data.tokenizers import Tokenizer, utf8
 from moe_jax.errors import UserError
+
+with epy.lazy_imports():
+    import tensorflow_datasets as tfds
 
 _INDEX = "index.json"
 _FORMAT = 3  # Of the files; text packed in another format is packed anew.

@@ -10,11 +10,14 @@ import abc
 import itertools
 from collections.abc import Mapping, Sequence
 
-import grain
 import numpy as np
+from etils import epy
 
 from moe_jax.data.interface import Pipeline
 from moe_jax.errors import UserError
+
+with epy.lazy_imports():
+    import grain
 
 Row = Mapping[str, np.ndarray]
 Split = Mapping[str, Sequence[Row]]
@@ -129,7 +132,7 @@ class RowPipeline(Pipeline):
         batch["mask"] = np.arange(self._batch_size) < len(chosen)
         return batch
 
-    def _training_order(self, weights: Mapping[str, float], seed: int) -> grain.MapDataset[int]:
+    def _training_order(self, weights: Mapping[str, float], seed: int) -> "grain.MapDataset[int]":
         """An endless sequence of row numbers, counted over the domains in order.
 
         Rows are shuffled again in every epoch: of the corpus, or of a domain under weights.
@@ -150,7 +153,7 @@ class RowPipeline(Pipeline):
         )
 
 
-def _shuffled(start: int, stop: int, seed: int) -> grain.MapDataset[int]:
+def _shuffled(start: int, stop: int, seed: int) -> "grain.MapDataset[int]":
     """The numbers from `start` to `stop` in a new random order in every repetition."""
     # Grain's epoch e uses seed + e, so that neighbouring seeds, and domains of equal size, would
     # share permutations; hashed seeds are far apart.

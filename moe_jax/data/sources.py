@@ -9,11 +9,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader
+from etils import epy
 
-from moe_jax.data.builders import BUILDERS
+from moe_jax.data.builders import builders
 from moe_jax.errors import UserError
+
+with epy.lazy_imports():  # They take longer to import than all the rest.
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,7 @@ class OpenedDataset:
     """Name, configuration and version, such as `debian_text/1.0.0`."""
     split: str
     directory: pathlib.Path
-    features: Mapping[str, tfds.features.FeatureConnector]
+    features: Mapping[str, "tfds.features.FeatureConnector"]
     examples: Sequence[Mapping[str, Any]]
     file_sha256: Mapping[str, str]
     """The sha256 of each record file of the split, by file name."""
@@ -50,7 +53,7 @@ def resolve_data_dir(data_dir: str) -> pathlib.Path:
     return pathlib.Path(data_dir).expanduser()
 
 
-def prepare_dataset(name: str, data_dir: str) -> tfds.core.GeneratorBasedBuilder:
+def prepare_dataset(name: str, data_dir: str) -> "tfds.core.GeneratorBasedBuilder":
     """Makes one of the project's own datasets in `data_dir`, unless it is there.
 
     Progress goes to stderr.
@@ -58,10 +61,14 @@ def prepare_dataset(name: str, data_dir: str) -> tfds.core.GeneratorBasedBuilder
     Raises:
         UserError: The name is unknown, or the builder cannot get its data.
     """
-    if name not in BUILDERS:
-        raise UserError(f"dataset={name!r} cannot be prepared; valid are {', '.join(BUILDERS)}.")
+    known = builders()
+    if name not in known:
+        raise UserError(
+            f"dataset={name!r} cannot be prepared; valid are {', '.join(known)}, and those whose "
+            "builder is named by --import."
+        )
     root = resolve_data_dir(data_dir)
-    builder = BUILDERS[name](data_dir=os.fspath(root), file_format="array_record")
+    builder = known[name](data_dir=os.fspath(root), file_format="array_record")
     if builder.data_path.exists():
         return builder
     try:
@@ -74,7 +81,7 @@ def prepare_dataset(name: str, data_dir: str) -> tfds.core.GeneratorBasedBuilder
                 f"dataset={name} could not be written to data_dir={str(root)!r} ({error.strerror}); "
                 "name a folder with room that you may write to."
             ) from error
-        builder = BUILDERS[name](data_dir=os.fspath(root), file_format="array_record")
+        builder = known[name](data_dir=os.fspath(root), file_format="array_record")
     return builder
 
 
@@ -107,7 +114,7 @@ def open_dataset(name_or_dir: str, data_dir: str, split: str) -> OpenedDataset:
     )
 
 
-def _find_builder(name_or_dir: str, data_dir: str) -> tfds.core.DatasetBuilder:
+def _find_builder(name_or_dir: str, data_dir: str) -> "tfds.core.DatasetBuilder":
     root = resolve_data_dir(data_dir)
     directory = pathlib.Path(name_or_dir).expanduser()
     if (directory / "dataset_info.json").exists():
@@ -117,22 +124,23 @@ def _find_builder(name_or_dir: str, data_dir: str) -> tfds.core.DatasetBuilder:
             f"dataset={name_or_dir!r} is not the directory of a prepared dataset: it has no "
             "dataset_info.json."
         )
-    if name_or_dir == "python_library":
+    known = builders()
+    if getattr(known.get(name_or_dir), "PREPARED_ON_FIRST_USE", False):
         return prepare_dataset(name_or_dir, data_dir)
-    if name_or_dir in BUILDERS:
-        return BUILDERS[name_or_dir](data_dir=os.fspath(root), file_format="array_record")
+    if name_or_dir in known:
+        return known[name_or_dir](data_dir=os.fspath(root), file_format="array_record")
     try:
         return tfds.builder(name_or_dir, data_dir=os.fspath(root))
     except (tfds.core.DatasetNotFoundError, ImportError) as error:
         raise UserError(
             f"dataset={name_or_dir!r} is not prepared in {str(root)!r} and is no name that "
             "TensorFlow Datasets resolves without TensorFlow; use the directory of a dataset "
-            f"prepared as array_record, or one of {', '.join(BUILDERS)}."
+            f"prepared as array_record, or one of {', '.join(known)}."
         ) from error
 
 
 def _cannot_open(
-    name: str, root: pathlib.Path, builder: tfds.core.DatasetBuilder, split: str
+    name: str, root: pathlib.Path, builder: "tfds.core.DatasetBuilder", split: str
 ) -> UserError:
     """Says why TFDS refused to read a dataset at random."""
     info = builder.info
@@ -152,7 +160,7 @@ def _cannot_open(
     )
 
 
-def _checked_files(builder: tfds.core.DatasetBuilder, split: str) -> dict[str, str]:
+def _checked_files(builder: "tfds.core.DatasetBuilder", split: str) -> dict[str, str]:
     """The sha256 of each of the split's files, by name, after counting their records.
 
     Counting matters: from a file cut at a multiple of 64 KiB the reader returns empty records
@@ -164,7 +172,7 @@ def _checked_files(builder: tfds.core.DatasetBuilder, split: str) -> dict[str, s
     checksums = {}
     for file, expected in zip(info.filepaths, info.shard_lengths, strict=True):
         try:
-            found = ArrayRecordReader(os.fspath(file)).num_records()
+            found = array_record_module.ArrayRecordReader(os.fspath(file)).num_records()
             checksums[file.name] = _sha256(pathlib.Path(file))
         except (OSError, RuntimeError) as error:
             raise _damaged(builder.data_path, split, str(error).partition(";")[0]) from error
@@ -190,6 +198,6 @@ def _damaged(directory: os.PathLike[str], split: str, reason: str) -> UserError:
 
 
 def _prepare_command(name: str, root: pathlib.Path) -> str:
-    if name in BUILDERS:
+    if name in builders():
         return f"python experiments/prepare_data.py --dataset={name} --data_dir={root}"
     return f"tfds build {name} --file_format=array_record --data_dir={root}"

@@ -6,6 +6,7 @@ Axes
   model   tensor parallelism: attention heads and feed-forward width
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -81,15 +82,31 @@ def force_host_devices(count: int) -> None:
             ) from error
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """Makes the mesh over the first `config.size` devices of the default backend.
+def make_mesh(config: MeshConfig | str) -> Mesh:
+    """Makes the mesh over the first devices of the default backend; use it with `jax.set_mesh`.
+
+    In a process that has not computed anything yet and where nobody said how many devices the CPU
+    pretends to have, it gets `config.host_devices` of them.
+
+    Args:
+      config: devices along each axis, also as on the command line: "data:2,expert:4".
 
     Raises:
       UserError: there are fewer devices than the mesh needs.
     """
+    if isinstance(config, str):
+        config = parse_mesh(config, MeshConfig())
+    if jax.config.jax_num_cpu_devices < 0 and config.size > 1:  # type: ignore[attr-defined]
+        with contextlib.suppress(RuntimeError):  # The backend runs already.
+            jax.config.update("jax_num_cpu_devices", max(config.size, config.host_devices))
     devices = jax.devices()
     if config.size > len(devices):
-        remedy = "raise mesh.host_devices" if devices[0].platform == "cpu" else "use more devices"
+        remedy = (
+            f'raise mesh.host_devices, or in Python call jax.config.update("jax_num_cpu_devices", '
+            f"{config.size}) before anything is computed"
+        )
+        if devices[0].platform != "cpu":
+            remedy = "use more devices"
         raise UserError(
             f"mesh {config} needs {config.size} devices but there are {len(devices)} "
             f"({devices[0].device_kind}); lower the mesh or {remedy}."

@@ -11,7 +11,6 @@ manifests and deletes.
 """
 
 import contextlib
-import enum
 import errno
 import hashlib
 import json
@@ -24,13 +23,18 @@ from logging import LogRecord
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
+from etils import epath, epy
 
 from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
+from moe_jax.training.stages import Stage
 from moe_jax.training.storage import absolute, is_remote
+
+with epy.lazy_imports():  # Orbax takes longer to import than JAX.
+    import orbax.checkpoint as ocp
+
+    from moe_jax.training import staged_save
 
 PyTree = Any
 
@@ -40,15 +44,6 @@ _OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")
 _HASH_CHUNK_BYTES = 1 << 20
 _CLEAN_UP_ATTEMPTS = 20
 _CLEAN_UP_PAUSE_SECONDS = 0.1
-
-
-class Stage(enum.StrEnum):
-    """How far a save has come; an interruption is harmless at each of them."""
-
-    WRITING = "writing"  # The temporary folder exists, the arrays are not in it yet.
-    WRITTEN = "written"  # The arrays are complete, under the temporary name.
-    COMMITTED = "committed"  # The folder has its final name, but no manifest.
-    DONE = "done"  # The manifest is written: the checkpoint counts from here on.
 
 
 class Checkpoints:
@@ -199,9 +194,9 @@ class Checkpoints:
         return None, damages
 
     def _write_payload(self, step: int, state: PyTree) -> None:
-        handler = _StagedHandler(lambda stage: self._on_stage(stage, step))
+        handler = staged_save.StagedHandler(lambda stage: self._on_stage(stage, step))
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(self._folder(step), args=_StagedSave(_named_leaves(state)))
+            checkpointer.save(self._folder(step), args=staged_save.StagedSave(_named_leaves(state)))
 
     def _make_ready(self, step: int, state: PyTree) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -232,35 +227,6 @@ class Checkpoints:
         finished = [other for other in self.steps() if other <= step]
         for old in finished[: -self._keep]:
             _remove_folder(self._folder(old))
-
-
-class _StagedHandler(ocp.StandardCheckpointHandler):
-    """Orbax's handler of pytrees of arrays, which also reports the stages inside a save."""
-
-    def __init__(self, on_stage: Callable[[Stage], None]) -> None:
-        super().__init__()
-        self._on_stage = on_stage
-
-    def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
-        """Writes the arrays of this process into the temporary `directory`."""
-        if jax.process_index() == 0:
-            self._on_stage(Stage.WRITING)
-        super().save(directory, *args, **kwargs)
-
-    def finalize(self, directory: epath.Path) -> None:
-        """Merges what the processes wrote; Orbax calls it on process 0 and renames afterwards."""
-        super().finalize(directory)
-        self._on_stage(Stage.WRITTEN)
-
-
-@ocp.args.register_with_handler(_StagedHandler, for_save=True)
-class _StagedSave(ocp.args.StandardSave):
-    """What `_StagedHandler` saves; Orbax wants a class of arguments for each handler."""
-
-
-@ocp.args.register_with_handler(_StagedHandler, for_restore=True)
-class _StagedRestore(ocp.args.StandardRestore):
-    """What `_StagedHandler` restores; Orbax wants the pair."""
 
 
 class _Digest(NamedTuple):

@@ -2,17 +2,15 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from moe_jax.layers.moe import MoEReport
-from moe_jax.training.storage import appender
+from moe_jax.training.storage import appender, event_writer
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,7 +33,7 @@ class MetricsWriter:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         temporary.replace(path)
         self._records = appender(path)
-        self._events = SummaryWriter(os.fspath(epath.Path(workdir)), purge_step=step + 1)
+        self._events = event_writer(workdir, step)
 
     def write(self, record: Record) -> None:
         """Writes one step's record to disk before it returns."""

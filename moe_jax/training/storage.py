@@ -6,10 +6,9 @@ megabytes of a run's records, and never for arrays, which Orbax writes.
 
 import io
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 from etils import epath
-from tensorboardX.record_writer import register_writer_factory
 
 from moe_jax.errors import UserError
 
@@ -103,5 +102,11 @@ class _RemoteEvents:
         """Object stores have no folders to make."""
 
 
-for _store in _OBJECT_STORES:
-    register_writer_factory(_store, _RemoteEvents())
+def event_writer(workdir: epath.PathLike, step: int) -> Any:
+    """TensorBoard's writer of a run's events; what it has after `step` is to be repeated."""
+    from tensorboardX import SummaryWriter
+    from tensorboardX.record_writer import register_writer_factory
+
+    for store in _OBJECT_STORES:
+        register_writer_factory(store, _RemoteEvents())
+    return SummaryWriter(os.fspath(epath.Path(workdir)), purge_step=step + 1)

@@ -3,7 +3,7 @@ import platform
 import subprocess
 import sys
 
-from moe_jax.data.builders import BUILDERS
+from moe_jax.data.builders import builders
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "prepare_data.py"
 
@@ -26,5 +26,5 @@ def test_an_unknown_dataset_is_one_sentence():
     result = _run("--dataset=wikipedia")
     assert result.returncode == 2
     assert result.stdout == ""
-    names = ", ".join(BUILDERS)
+    names = ", ".join(builders())
     assert result.stderr == f"dataset='wikipedia' cannot be prepared; valid are {names}.\n"

@@ -1,38 +1,29 @@
-"""The project's own datasets. Each is a TFDS builder that needs no TensorFlow."""
+"""The project's own datasets. Each is a TFDS builder that needs no TensorFlow, in a file of its own."""
 
-import tensorflow_datasets as tfds
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
 
-from moe_jax.data.builders.debian_text import DebianText
-from moe_jax.data.builders.fashion_mnist import FashionMnist
-from moe_jax.data.builders.glyphs import Glyphs
-from moe_jax.data.builders.labelled_text import LabelledTextBuilder
-from moe_jax.data.builders.mnist5k import Mnist5k
-from moe_jax.data.builders.python_library import PythonLibrary
-from moe_jax.data.builders.translations import Translations
-from moe_jax.data.builders.vowels import PetersonBarney
 
-BUILDERS: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {
-    builder.name: builder
-    for builder in (
-        PythonLibrary,
-        DebianText,
-        Mnist5k,
-        FashionMnist,
-        Glyphs,
-        Translations,
-        PetersonBarney,
-    )
-}
-"""Every dataset that `experiments/prepare_data.py` can prepare, by name."""
+def builders() -> dict[str, Any]:
+    """Every dataset that `prepare_data` can prepare: name -> its builder's class.
 
-__all__ = [
-    "BUILDERS",
-    "DebianText",
-    "FashionMnist",
-    "Glyphs",
-    "LabelledTextBuilder",
-    "Mnist5k",
-    "PetersonBarney",
-    "PythonLibrary",
-    "Translations",
-]
+    Those are the builders of this folder, and those that the user imported: a subclass of
+    `LabelledTextBuilder`, `LabelledImagesBuilder` or any TFDS builder.
+    """
+    import tensorflow_datasets as tfds
+
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    found = sorted(_own(tfds.core.GeneratorBasedBuilder), key=lambda cls: cls.name)
+    return {cls.name: cls for cls in found}
+
+
+def _own(base: type) -> Iterator[Any]:
+    cls: Any
+    for cls in base.__subclasses__():
+        yield from _own(cls)
+        if not inspect.isabstract(cls) and not cls.__module__.startswith("tensorflow_datasets."):
+            yield cls

@@ -75,6 +75,7 @@ class PythonLibrary(LabelledTextBuilder):
 
     VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))  # Its text is Python's.
     BLOCK_BYTES = 8_000
+    PREPARED_ON_FIRST_USE = True  # Nothing is downloaded.
     SUMMARY = "Standard library sources and language reference, labelled by package."
 
     def collect(self, downloads: pathlib.Path) -> tuple[list[Document], dict[str, Any]]:
