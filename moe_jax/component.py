@@ -241,6 +241,17 @@ def import_named(name: str) -> ModuleType:
         raise UserError(f"--import={name} cannot be imported ({error}).") from error
 
 
+def import_again(modules: dict[str, dict[str, Any]]) -> None:
+    """Imports in another process of ours what the user imported in this one; see `origins`."""
+    for module, origin in modules.items():
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:
+            if not origin["file"]:
+                raise
+            import_named(origin["file"])
+
+
 _SAID: set[str] = set()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import pytest
 import moe_jax as moe
 from moe_jax import component, configuration
 from moe_jax.data.pipelines import TextData
+from moe_jax.reproduction.runs import RunFolder
 from moe_jax.training import experiment
 from tests.scripts import ROOT, environment, script
 from tests.tiny import tiny_config
@@ -230,6 +232,22 @@ def test_a_statistic_with_a_common_name_is_refused(data_dir, tmp_path):
     config.model.moe.router = component.import_named(str(path)).Watched()
     with pytest.raises(moe.UserError, match="own statistic is named 'load'"):
         moe.train(config, tmp_path / "run")
+
+
+def test_another_process_of_a_suite_gets_a_class_from_its_file(tmp_path):
+    path = tmp_path / "own_router_f.py"
+    path.write_text(ROUTER)
+    config = tiny_config("")
+    config.model.moe.router = component.import_named(str(path)).Watched(k=2)
+    pickled = pickle.dumps(RunFolder(config, tmp_path / "run"))
+    code = (
+        "import pickle, sys; folder = pickle.loads(sys.stdin.buffer.read());"
+        "print(folder.config.model.moe.router)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=pickled, capture_output=True, cwd=ROOT
+    )
+    assert done.stdout.startswith(b"Watched(k=2"), done.stderr
 
 
 def test_a_script_of_ones_own_trains_and_opens_its_run(data_dir, tmp_path):

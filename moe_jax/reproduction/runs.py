@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from moe_jax.configuration import encode
+from moe_jax import component, configuration
 from moe_jax.reproduction.claim import Measurement
 from moe_jax.reproduction.results import FinishedRun
 from moe_jax.training import experiment, metrics
@@ -34,8 +34,13 @@ class RunFolder:
     @classmethod
     def of(cls, config: Experiment, workdir: pathlib.Path) -> "RunFolder":
         """The folder of a config in a suite's workdir."""
-        text = json.dumps(encode(config), sort_keys=True)
+        text = json.dumps(configuration.encode(config), sort_keys=True)
         return cls(config, workdir / "runs" / hashlib.sha256(text.encode()).hexdigest()[:16])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To another process as its config.json, because classes of a config file cannot be pickled.
+        origins = component.origins(configuration.classes(self.config))
+        return _opened, (configuration.encode(self.config), origins, self.path)
 
     @property
     def log(self) -> pathlib.Path:
@@ -114,6 +119,11 @@ class RunFolder:
         """Commit, versions, devices and dataset, as config.json says."""
         record = experiment.read_record(self.path)
         return {name: value for name, value in record.items() if name != "config"}
+
+
+def _opened(config: Any, origins: dict[str, Any], path: pathlib.Path) -> RunFolder:
+    component.import_again(origins)
+    return RunFolder(configuration.decode(config, origins), path)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
