@@ -1,14 +1,22 @@
 """Package metadata: the only place that names dependencies. `make lock` pins them in requirements.lock."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
+
+# An installed package has no checkout beside it, so the published configs travel in moe_jax/shipped/,
+# where --config=configs/... finds them.
+CONFIGS = find_namespace_packages(include=["configs", "configs.*"])
 
 setup(
     name="moe_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="Mixture-of-Experts papers in JAX and Flax: reproduce, compare, extend.",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["moe_jax", "moe_jax.*"]),
+    packages=[
+        *find_packages(include=["moe_jax", "moe_jax.*"]),
+        *(f"moe_jax.shipped.{name}" for name in CONFIGS),
+    ],
+    package_dir={f"moe_jax.shipped.{name}": name.replace(".", "/") for name in CONFIGS},
     install_requires=[
         "absl-py",
         "array_record",

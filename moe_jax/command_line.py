@@ -130,6 +130,22 @@ def _stop(message: str, status: int) -> None:
     sys.exit(status)
 
 
+def _with_shipped_configs(argv: Sequence[str]) -> list[str]:
+    """The arguments, with --config=configs/... read from the package where no such file is here."""
+    shipped = pathlib.Path(__file__).parent / "shipped"
+    if not shipped.is_dir():
+        return list(argv)
+    sys.path.append(str(shipped))  # For what config files share.
+    words = []
+    for word in argv:
+        flag, _, value = word.partition("=")
+        path, colon, row = value.partition(":")
+        missing = flag.lstrip("-") == "config" and not pathlib.Path(path).exists()
+        found = missing and (shipped / path).is_file()
+        words.append(f"{flag}={shipped / path}{colon}{row}" if found else word)
+    return words
+
+
 def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """absl's parser, with every complaint turned into one sentence.
 
@@ -137,7 +153,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
       UserError: an unknown flag or config field, a missing flag, or a value of the wrong type.
     """
     try:
-        return values(list(argv))
+        return values(_with_shipped_configs(argv))
     except flags.Error as error:
         raise UserError(_sentence(str(error))) from error
     except (KeyError, AttributeError) as error:

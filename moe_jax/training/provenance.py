@@ -35,10 +35,16 @@ def devices() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package runs from, '+changes' if files differ from it."""
+    """The commit of the checkout this package runs from, '+changes' if files differ from it.
+
+    None for an installed package, also where it is installed inside another project's checkout.
+    """
     root = pathlib.Path(__file__).parent
     git = ["git", "-C", str(root)]
     try:
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True
+        )
         head = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()

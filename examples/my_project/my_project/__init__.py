@@ -1,0 +1,1 @@
+"""A project of one's own on moe_jax."""
