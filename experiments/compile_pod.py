@@ -1,6 +1,6 @@
 """Compiles the training step of a config for a machine that need not be here, and says what it costs.
 
-    python experiments/compile_pod.py --config=configs/glam/64b_64e.py --topology=v4:8x8x16
+    python experiments/compile_pod.py --config=configs/glam.py:64b_64e --topology=v4:8x8x16
         [--mesh=data:32,expert:8,model:4] [--format=table|json] [--search [--search_limit=12]]
 
 The step is the trainer's own, at the config's global batch; its state is abstract. TPU topologies are
@@ -32,11 +32,12 @@ from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import parse_mesh
 from moe_jax.pods.compile import compile_step, refusal_sentence
 from moe_jax.pods.hardware import Topology, topology
-from moe_jax.pods.layouts import PodLayout, changes_between, laid_out, pods_of
+from moe_jax.pods.layouts import changes_between, laid_out
 from moe_jax.pods.report import PodReport
 from moe_jax.pods.search import search
 from moe_jax.pods.tables import layout_of, ranking, seconds_of, table
 from moe_jax.training.experiment import Experiment
+from moe_jax.training.rows import PodLayout, pods_of
 
 _CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string(

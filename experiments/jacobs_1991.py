@@ -9,7 +9,7 @@ as the longest); then it runs with all other seeds. Beyond the paper's table, th
 also trained with the two cooperative errors that the paper argues against.
 
 The vowels are those of Peterson and Barney (1952), as in the paper; what it leaves open is listed in
-configs/jacobs_1991/vowels.py.
+configs/jacobs_1991.py.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ LONGEST = 6_000
 _DRAWN_RATE, _DRAWN_EPOCHS, _BETWEEN_RECORDS = 3.0, 3_400, 20
 
 _CONFIG = command_line.define_config()
-_CONFIG_FILE = "configs/jacobs_1991/experts_4.py"
+_CONFIG_FILE = "configs/jacobs_1991.py:experts_4"
 _SEEDS = flags.DEFINE_integer("seeds", 25, "Runs of each system.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/jacobs_1991", "Folder of results and picture.")
 _FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What is printed.")

@@ -62,7 +62,7 @@ PUBLISHED = {
 """Relative error and epochs of the paper's Table 1."""
 
 _CONFIG = command_line.define_config()
-_CONFIG_FILE = "configs/jordan_jacobs_1994/hme.py"
+_CONFIG_FILE = "configs/jordan_jacobs_1994.py:hme"
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.")
 _GRADIENT_EPOCHS = flags.DEFINE_integer("gradient_epochs", 2000, "Of the gradient methods.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/jordan_jacobs_1994", "Folder of the results.")

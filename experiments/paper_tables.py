@@ -2,8 +2,8 @@
 
     python experiments/paper_tables.py [--paper=glam] [--format=table|markdown|json]
 
-Each file configs/<paper>/<model>.py with a tuple PUBLISHED is built abstractly (1.6 trillion
-parameters take no memory), counted, and compared: published, computed, relative error, verdict. The
+Each row of configs/<paper>.py with published numbers is built abstractly (1.6 trillion parameters
+take no memory), counted, and compared: published, computed, relative error, verdict. The
 verdict is `ok` within the rounding of the printed number, `erratum` where the paper contradicts itself
 or its code, `not reproduced` where its own shape gives another number: their notes have both numbers.
 `differs` is without a note, and makes the exit status 2.
@@ -15,7 +15,6 @@ import dataclasses
 import importlib
 import itertools
 import json
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,11 +22,11 @@ from absl import flags
 from tqdm import tqdm
 
 from moe_jax import command_line
-from moe_jax.analysis.published import Published, Row, compare
+from moe_jax.analysis.published import CheckedNumber, compare
 from moe_jax.errors import UserError
-from moe_jax.training.experiment import Experiment
+from moe_jax.training.rows import Row
 
-_PAPER = flags.DEFINE_string("paper", "", "Folder in configs/; all papers if not given.")
+_PAPER = flags.DEFINE_string("paper", "", "File in configs/ without .py; all papers if not given.")
 _FORMAT = flags.DEFINE_enum("format", "table", ["table", "markdown", "json"], "What stdout gets.")
 
 PAPERS = {
@@ -50,54 +49,41 @@ PAPERS = {
     "upcycling": ("Sparse upcycling, Komatsuzaki et al. 2022", "https://arxiv.org/abs/2212.05055"),
     "vmoe": ("V-MoE, Riquelme et al. 2021", "https://arxiv.org/abs/2106.05974"),
 }
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # Notes begin so where ours differs from the print.
 EXPLAINED = ("erratum", "not reproduced")
 
 
 @dataclasses.dataclass(frozen=True)
 class PublishedModel:
-    """A config file with published numbers.
-
-    Attributes:
-      paper, model: its folder and its name.
-      title: first line of its docstring.
-      experiment: what it returns.
-      published: its PUBLISHED.
-    """
+    """A row of a config file that has published numbers; `paper` and `model` are their names."""
 
     paper: str
     model: str
-    title: str
-    experiment: Experiment
-    published: tuple[Published, ...]
+    row: Row
 
 
 def published_models(paper: str = "") -> Iterator[PublishedModel]:
-    """Imports the config files of a paper, or of all, that have published numbers.
+    """Imports the config file of a paper, or of all, and gives its rows by name.
 
     Raises:
       UserError: there is no such paper.
     """
     if paper and paper not in PAPERS:
         raise UserError(f"--paper is {paper!r}; it must be one of {', '.join(PAPERS)}.")
-    for folder in [paper] if paper else PAPERS:
-        for path in sorted((CONFIGS / folder).glob("*.py")):
-            module = importlib.import_module(f"configs.{folder}.{path.stem}")
-            if hasattr(module, "PUBLISHED"):
-                title = (module.__doc__ or "").partition("\n")[0]
-                yield PublishedModel(
-                    folder, path.stem, title, module.get_config(), module.PUBLISHED
-                )
+    for name in [paper] if paper else PAPERS:
+        rows: dict[str, Row] = importlib.import_module(f"configs.{name}").ROWS
+        for model, row in sorted(rows.items()):
+            if row.published:
+                yield PublishedModel(name, model, row)
 
 
-def rows_of(model: PublishedModel) -> list[Row]:
+def checked_numbers(model: PublishedModel) -> list[CheckedNumber]:
     """Counts a model."""
-    experiment = model.experiment
-    return compare(model.paper, model.model, experiment.model, experiment.data, model.published)
+    experiment = model.row.build()
+    return compare(model.paper, model.model, experiment.model, experiment.data, model.row.published)
 
 
-def verdict(row: Row) -> str:
+def verdict(row: CheckedNumber) -> str:
     """`ok`, one of EXPLAINED, or `differs`."""
     if row.ok:
         return "ok"
@@ -111,7 +97,7 @@ def main() -> None:
       UserError: a number differs and no note explains it.
     """
     models = list(published_models(_PAPER.value))
-    counted = [(model, rows_of(model)) for model in tqdm(models, unit="model", leave=False)]
+    counted = [(model, checked_numbers(model)) for model in tqdm(models, unit="model", leave=False)]
     rows = [row for _, of_model in counted for row in of_model]
     if _FORMAT.value == "json":
         print(json.dumps([_json(row) for row in rows], indent=1))
@@ -127,13 +113,13 @@ def main() -> None:
         )
 
 
-def _json(row: Row) -> dict[str, Any]:
+def _json(row: CheckedNumber) -> dict[str, Any]:
     """Its numbers, without their text."""
     text = ("printed", "computed_as_printed")
     return {name: value for name, value in dataclasses.asdict(row).items() if name not in text}
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[CheckedNumber]) -> str:
     """For a terminal."""
     lines = [
         f"{'model':34}{'quantity':44}{'published':>11}{'computed':>15}{'error':>9}  {'verdict':14} note"
@@ -148,7 +134,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def page(counted: list[tuple[PublishedModel, list[Row]]]) -> str:
+def page(counted: list[tuple[PublishedModel, list[CheckedNumber]]]) -> str:
     """docs/published_models.md: a line for each model, with links."""
     lines = [
         "# Published models",
@@ -167,11 +153,11 @@ def page(counted: list[tuple[PublishedModel, list[Row]]]) -> str:
         lines += [f"## [{citation}]({link})", "", "| model | published | ours | verdict |"]
         lines.append("|---|---|---|---|")
         for model, rows in models:
-            config = f"[{model.model}](../configs/{paper}/{model.model}.py)"
+            config = f"[{model.model}](../configs/{paper}.py)"
             published = "; ".join(f"{row.printed} {row.quantity}" for row in rows)
             ours = "; ".join(row.computed_as_printed for row in rows)
             verdicts = "; ".join(verdict(row) for row in rows)
-            lines.append(f"| {config}: {model.title} | {published} | {ours} | {verdicts} |")
+            lines.append(f"| {config}: {model.row.title} | {published} | {ours} | {verdicts} |")
         lines.append("")
     return "\n".join(lines)
 

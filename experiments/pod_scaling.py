@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import runpy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,9 +31,10 @@ from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.pods import budgets
 from moe_jax.pods.compile import compile_step, compiler_version
 from moe_jax.pods.hardware import topology
-from moe_jax.pods.layouts import PodLayout
 from moe_jax.pods.report import GIB, CollectiveSum, PodReport
+from moe_jax.reproduction.claim import read_config
 from moe_jax.training.experiment import Experiment
+from moe_jax.training.rows import PodLayout
 
 SIZES = tuple(2**n for n in range(3, 13))
 """Numbers of devices that --devices may ask for."""
@@ -47,7 +47,7 @@ class Study:
     Attributes:
       name: of its flag and files.
       title: for people.
-      config: its file.
+      config: as --config names it.
       layout: number of devices -> what is compiled for them.
       sizes: numbers of devices unless --devices says others; each takes minutes of a core.
     """
@@ -117,14 +117,14 @@ STUDIES = {
     "gshard": Study(
         "gshard",
         "GShard MoE(E, 36L), E = devices, 2,048 tokens for each (weak scaling)",
-        "configs/gshard/2048e_36l.py",
+        "configs/gshard.py:2048e_36l",
         gshard,
         (8, 64, 512, 2048, 4096),
     ),
     "deepseek_v3": Study(
         "deepseek_v3",
         "DeepSeek-V3, batches of 63M tokens (strong scaling)",
-        "configs/deepseek_v3/v3.py",
+        "configs/deepseek_v3.py:v3",
         deepseek_v3,
         (8, 64, 128, 256, 512, 1024, 2048, 4096),
     ),
@@ -196,8 +196,8 @@ def of_giant(study: Study, layout: PodLayout) -> PodReport | None:
 
 
 @functools.cache
-def _config(filename: str) -> Experiment:
-    return runpy.run_path(filename)["get_config"]()
+def _config(config: str) -> Experiment:
+    return read_config(config)
 
 
 def reports_of(study: Study, workdir: epath.Path) -> list[PodReport]:

@@ -1,7 +1,7 @@
 """Writes the page of the published giants on their machines, docs/pods.md, and makes its numbers.
 
     python experiments/pod_tables.py                              the page and its picture, from the reports
-    python experiments/pod_tables.py --compile [--only=configs/glam/64b_64e.py ...]
+    python experiments/pod_tables.py --compile [--only=configs/glam.py:64b_64e ...]
 
 The reports are in docs/results/pods, in a folder for each version of the compiler, and are the budgets
 of `make test-pods`. --compile makes those that are not there yet with the compiler that is installed,
@@ -26,7 +26,7 @@ from moe_jax.pods.compile import compiler_version
 from moe_jax.pods.report import GIB, PodReport
 
 _COMPILE = flags.DEFINE_bool("compile", False, "Make the reports that are missing.")
-_ONLY = flags.DEFINE_multi_string("only", [], "Config files to compile; default: all giants.")
+_ONLY = flags.DEFINE_multi_string("only", [], "Configs to compile; default: all giants.")
 
 _ROOT = pathlib.Path(__file__).parents[1]
 PAGE = _ROOT / "docs/pods.md"
@@ -138,7 +138,8 @@ def page(reports: list[PodReport]) -> str:
 
 
 def _name(report: PodReport) -> str:
-    return report.config.removeprefix("configs/").removesuffix(".py")
+    """configs/glam.py:64b_64e -> glam/64b_64e."""
+    return report.config.removeprefix("configs/").removesuffix(".py").replace(".py:", "/")
 
 
 def _row(report: PodReport) -> str:
@@ -158,7 +159,7 @@ def _row(report: PodReport) -> str:
         "| "
         + " | ".join(
             (
-                f"[{_name(report)}](../{report.config})",
+                f"[{_name(report)}](../{report.config.partition(':')[0]})",
                 f"{report.topology}, {report.chips:,} chips, {report.devices:,} devices",
                 mesh + (f"; {layout}" if layout else ""),
                 batch,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What tpu_pod.sh and xpk.sh start on every host: sets the compiler's flags, and trains.
 #
-#   launch/on_host.sh tpu-v5p-256 --config=configs/mixtral/8x7b.py --workdir=gs://bucket/run
+#   launch/on_host.sh tpu-v5p-256 --config=configs/mixtral.py:8x7b --workdir=gs://bucket/run
 #
 # Ends with the status of train.py; but with 143 where SIGTERM came, upon which train.py saves and ends
 # with 0: whoever restarts failed containers then knows that the run is not done.

@@ -9,7 +9,7 @@
 set -euo pipefail
 
 : "${WORKDIR:?name a folder that every host can write to, such as gs://bucket/run}"
-: "${CONFIG:=configs/mixtral/8x7b.py}"
+: "${CONFIG:=configs/mixtral.py:8x7b}"
 : "${NAME:=moe-jax}"                       # Of the slice and of its place in the queue.
 : "${ZONE:=us-east5-a}"                    # PROJECT is gcloud's default one.
 : "${MACHINE:=tpu-v5p-256}"                # As experiments/compile_pod.py names it.

@@ -11,7 +11,7 @@ set -euo pipefail
 : "${WORKDIR:?name a folder that every host can write to, such as gs://bucket/run}"
 : "${CLUSTER:?name the GKE cluster}"
 : "${IMAGE:?name the container image}"
-: "${CONFIG:=configs/mixtral/8x7b.py}"
+: "${CONFIG:=configs/mixtral.py:8x7b}"
 : "${NAME:=moe-jax}"
 : "${SLICES:=1}"
 : "${MACHINE:=tpu-v5p-256}"                # One slice, as experiments/compile_pod.py names it.

@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from moe_jax import component
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, user_error_behind
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.loop import Interrupted
 
@@ -82,7 +82,7 @@ def run(main: Callable[[], None], default_config: str | None = None) -> None:
     # Not as the flag's default, which absl would read before `parse_flags` can catch its errors.
     if default_config and not any(re.fullmatch(r"--config(=.*)?", a) for a in sys.argv):
         sys.argv.insert(1, f"--config={default_config}")
-    # Config files share what is of one paper: they import configs.<paper>.<file>.
+    # Config files import what papers share: configs.shared, or another paper's configs.<paper>.
     sys.path.append(str(pathlib.Path(sys.argv[0]).resolve().parents[1]))
     report_to_user(lambda: app.run(lambda argv: _main(main, argv), flags_parser=parse_flags))
 
@@ -155,7 +155,8 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
     try:
         return values(_with_shipped_configs(argv))
     except flags.Error as error:
-        raise UserError(_sentence(str(error))) from error
+        said = user_error_behind(error) or _sentence(str(error))
+        raise UserError(str(said)) from error
     except (KeyError, AttributeError) as error:
         raise UserError(_unknown_field(argv)) from error
     except OSError as error:

@@ -7,6 +7,8 @@ bfloat16. Groups are 8 images, as V-MoE's. Prepare the images first:
     python experiments/prepare_data.py --dataset=fashion_mnist
 """
 
+import dataclasses
+
 from moe_jax.data.images import ImageData
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.stack import ComputeDtype
@@ -37,7 +39,7 @@ def get_config() -> Experiment:
         router=VMoE(k=1),
         capacity=Capacity(1.05, 1.05, CapacityRule.VMOE_ROUND),
         group_size=8 * 50,
-        experts=model.feed_forward,
+        experts=dataclasses.replace(model.feed_forward),
     )
     return Experiment(
         steps=5000,

@@ -6,7 +6,7 @@ two CPU cores. Prepare the vowels first:
     python experiments/prepare_data.py --dataset=peterson_barney
 """
 
-from configs.jacobs_1991.vowels import mixture_of
+from configs.jacobs_1991 import mixture_of
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.optimizers import AdamW

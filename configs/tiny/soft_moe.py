@@ -4,6 +4,8 @@
 keys are normalized.
 """
 
+import dataclasses
+
 from configs.tiny import vision
 from moe_jax.layers.attention import MultiHead, Positions, QKNorm
 from moe_jax.layers.moe import MoEConfig
@@ -19,6 +21,8 @@ def get_config() -> Experiment:
         positions=Positions.NONE, qkv_bias=True, out_bias=True, qk_norm=QKNorm.HEAD
     )
     model.moe = MoEConfig(
-        router=SoftMoE(slots_per_expert=2), group_size=16, experts=model.feed_forward
+        router=SoftMoE(slots_per_expert=2),
+        group_size=16,
+        experts=dataclasses.replace(model.feed_forward),
     )
     return vision.digits(model)

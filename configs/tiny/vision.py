@@ -6,6 +6,8 @@ groups of 4 images, on 8 host devices as data=2 x expert=4. Prepare the images f
     python experiments/prepare_data.py --dataset=mnist5k
 """
 
+import dataclasses
+
 from moe_jax.data.images import ImageData
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.vision import VisionConfig
@@ -55,6 +57,6 @@ def get_config() -> Experiment:
         router=VMoE(),
         capacity=Capacity(1.05, 1.05, CapacityRule.VMOE_ROUND),
         group_size=4 * 17,  # 4 images of 16 patches and the class token.
-        experts=model.feed_forward,
+        experts=dataclasses.replace(model.feed_forward),
     )
     return digits(model)

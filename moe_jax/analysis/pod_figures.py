@@ -176,8 +176,8 @@ def save_budgets(reports: Reports, title: str, path: epath.PathLike) -> None:
 
 
 def _model(config: str) -> str:
-    """configs/glam/64b_64e.py -> glam/64b_64e."""
-    return config.removeprefix("configs/").removesuffix(".py")
+    """configs/glam.py:64b_64e -> glam/64b_64e."""
+    return config.removeprefix("configs/").removesuffix(".py").replace(".py:", "/")
 
 
 def _share_of_memory(report: Mapping[str, Any], name: str) -> float:

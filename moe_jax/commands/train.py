@@ -3,8 +3,9 @@
     python experiments/train.py --config=configs/quickstart.py --workdir=runs/mine \
         [--steps=500] [--config.model.num_experts=16] [--profile_steps=10:5]
 
---topology=v4:8x8x16 takes the mesh, and what else saves memory, that the config file has for this
-machine (its PODS), which experiments/compile_pod.py compiles; --mesh=data:32,expert:8 goes before.
+--config=configs/glam.py:64b_64e is a row of a file of several models; without one the file's rows are
+named. --topology=v4:8x8x16 takes the mesh, and what else saves memory, that the row has for this
+machine, which experiments/compile_pod.py compiles; --mesh=data:32,expert:8 goes before.
 
 Running the same command again continues the run from its newest good checkpoint.
 
@@ -22,9 +23,10 @@ from moe_jax import command_line
 from moe_jax.analysis import figures
 from moe_jax.parallel import multihost
 from moe_jax.parallel.mesh import parse_mesh
-from moe_jax.pods.layouts import laid_out, pods_of
+from moe_jax.pods.layouts import laid_out
 from moe_jax.training import traced_steps
 from moe_jax.training.loop import train
+from moe_jax.training.rows import pods_of
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
@@ -35,7 +37,7 @@ _PROFILE_STEPS = flags.DEFINE_string(
     "FIRST:COUNT, such as 10:5: these steps run under the profiler, into WORKDIR/profile.",
 )
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "Machine whose layout the config file has; default: the config's own mesh."
+    "topology", "", "Machine whose layout the config's row has; default: the config's own mesh."
 )
 _MESH = flags.DEFINE_string(
     "mesh", "", "Such as data:4,expert:8; default: the layout's or config's."

@@ -13,26 +13,26 @@ from moe_jax.pods.report import GIB, CollectiveSum, PodReport
 RESULTS = pathlib.Path(__file__).parents[2] / "docs/results/pods"
 TOLERANCE = 0.05
 
-# Config files, in the order of publication.
+# As --config names them, in the order of publication.
 GIANTS = (
-    "configs/gshard/2048e_36l.py",
-    "configs/switch/c.py",
-    "configs/switch/xxl.py",
-    "configs/vmoe/vmoe_15b.py",
-    "configs/glam/64b_64e.py",
-    "configs/st_moe/32b.py",
-    "configs/soft_moe/soft_h14_256e.py",
-    "configs/deepseek_moe/145b.py",
-    "configs/mixtral/8x7b.py",
-    "configs/mixtral/8x22b.py",
-    "configs/deepseek_v3/v3.py",
+    "configs/gshard.py:2048e_36l",
+    "configs/switch.py:c",
+    "configs/switch.py:xxl",
+    "configs/vmoe.py:vmoe_15b",
+    "configs/glam.py:64b_64e",
+    "configs/st_moe.py:32b",
+    "configs/soft_moe.py:soft_h14_256e",
+    "configs/deepseek_moe.py:145b",
+    "configs/mixtral.py:8x7b",
+    "configs/mixtral.py:8x22b",
+    "configs/deepseek_v3.py:v3",
 )
 
 
 def budget_file(config: str, compiler: str) -> pathlib.Path:
-    """Where the report of a config file by a compiler (`libtpu 0.0.42.1`) is committed."""
-    path = pathlib.Path(config)
-    return RESULTS / compiler.replace(" ", "-") / f"{path.parent.name}_{path.stem}.json"
+    """Where the report of a config (`configs/glam.py:64b_64e`) by a compiler (`libtpu 0.0.42.1`) is."""
+    file, _, row = config.partition(":")
+    return RESULTS / compiler.replace(" ", "-") / f"{pathlib.Path(file).stem}_{row}.json"
 
 
 def budget_of(config: str, compiler: str) -> PodReport | None:

@@ -1,51 +1,15 @@
-"""How a published model lies on a machine: what a config file says of pods, beside its PUBLISHED.
-
-PODS = (PodLayout("v4:8x8x16", MeshConfig(data=32, expert=8, model=4)),)
-"""
+"""A config laid out for a machine, as a row of its file says (`moe_jax.training.rows`) or the user."""
 
 import dataclasses
-import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from moe_jax.configuration import changed, differences, encode
+from moe_jax.configuration import differences, encode
 from moe_jax.errors import UserError
-from moe_jax.parallel.mesh import AXES, MeshConfig, parse_mesh
+from moe_jax.parallel.mesh import parse_mesh
 from moe_jax.pods.hardware import topology
 from moe_jax.training.experiment import Experiment
-
-
-@dataclasses.dataclass(frozen=True)
-class PodLayout:
-    """One way to train a config on one machine.
-
-    Attributes:
-      topology: the machine, as `moe_jax.pods.hardware.topology` reads it.
-      mesh: over all of its devices.
-      changes: path of a config field -> its value here, such as `microbatches` or `model.remat`:
-        what saves memory; the note says where that changes what is computed.
-      note: what the authors must have done otherwise, or where the machine is not theirs.
-    """
-
-    topology: str
-    mesh: MeshConfig
-    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    note: str = ""
-
-    def apply(self, config: Experiment) -> Experiment:
-        """The config with this mesh and these changes.
-
-        Raises:
-          UserError: a change names no field, or a choice that the field has not.
-        """
-        axes = {axis: getattr(self.mesh, axis) for axis in AXES}
-        mesh = dataclasses.replace(config.mesh, **axes)
-        return changed(config, {"mesh": mesh, **self.changes})
-
-
-def pods_of(filename: str) -> tuple[PodLayout, ...]:
-    """PODS of a config file, empty where it has none."""
-    return runpy.run_path(filename).get("PODS", ())
+from moe_jax.training.rows import PodLayout
 
 
 def laid_out(
@@ -55,7 +19,7 @@ def laid_out(
 
     Args:
       config: with the user's changes, which yield to those of a layout.
-      layouts: of its file.
+      layouts: of its row.
       name: of the machine, in either spelling.
       mesh: as on the command line; empty for the layout's.
 

@@ -64,7 +64,7 @@ class PublishedSpeed:
 
     Attributes:
       model: for people.
-      config: its file.
+      config: as --config names it.
       machine: as `moe_jax.pods.hardware.topology` reads it.
       batch: tokens or images of a step, counted as our data do (source and target of a sentence
         pair together).
@@ -101,7 +101,7 @@ def _gshard(experts: int, layers: int, chips: str, tokens: int, steps: float) ->
     """A row of Table 3: `tokens` of one side, `steps` per second."""
     return PublishedSpeed(
         f"GShard MoE({experts}E, {layers}L)",
-        f"configs/gshard/{experts}e_{layers}l.py",
+        f"configs/gshard.py:{experts}e_{layers}l",
         f"v3:{chips}",
         2 * tokens,
         from_rate(steps),
@@ -127,7 +127,7 @@ PUBLISHED_SPEEDS = (
     _gshard(128, 12, "8x8", 2**20, 2.16),
     PublishedSpeed(
         "GLaM 64B/64E, first 280B tokens",
-        "configs/glam/64b_64e.py",
+        "configs/glam.py:64b_64e",
         "v4:8x8x16",
         _GLAM_BATCH,
         from_run(574, 280e9, _GLAM_BATCH),
@@ -136,7 +136,7 @@ PUBLISHED_SPEEDS = (
     ),
     PublishedSpeed(
         "Mixtral 8x7B by MaxText, 52.6% MFU",
-        "configs/mixtral/8x7b.py",
+        "configs/mixtral.py:8x7b",
         "v5p:4x4x8",
         1024 * 4096,
         from_throughput(2909, 128, 1024 * 4096),
@@ -147,7 +147,7 @@ PUBLISHED_SPEEDS = (
     ),
     PublishedSpeed(
         "Mixtral 8x7B by MaxText on v6e",
-        "configs/mixtral/8x7b.py",
+        "configs/mixtral.py:8x7b",
         "v6e:16x16",
         256 * 12 * 4096,
         from_seconds(13.484),
@@ -158,7 +158,7 @@ PUBLISHED_SPEEDS = (
     ),
     PublishedSpeed(
         "Mixtral 8x22B by MaxText on v6e",
-        "configs/mixtral/8x22b.py",
+        "configs/mixtral.py:8x22b",
         "v6e:16x16",
         256 * 8 * 4096,
         from_seconds(24.706),
@@ -168,7 +168,7 @@ PUBLISHED_SPEEDS = (
     ),
     PublishedSpeed(
         "DeepSeek-V3 on 2,048 H800",
-        "configs/deepseek_v3/v3.py",
+        "configs/deepseek_v3.py:v3",
         "gpu-h100-2048",
         15360 * 4096,
         from_device_hours(180e3, 2048, 1e12, 15360 * 4096),
@@ -180,7 +180,7 @@ PUBLISHED_SPEEDS = (
     ),
     PublishedSpeed(
         "DeepSeek-V3 by MaxText on v5p",
-        "configs/deepseek_v3/v3.py",
+        "configs/deepseek_v3.py:v3",
         "v5p:8x8x8",
         512 * 6 * 8192,
         from_seconds(90.668),
@@ -191,7 +191,7 @@ PUBLISHED_SPEEDS = (
     ),
     PublishedSpeed(
         "OLMoE-1B-7B",
-        "configs/olmoe/1b_7b.py",
+        "configs/olmoe.py:1b_7b",
         "gpu-h100-256",
         1024 * 4096,
         from_throughput(23_600, 256, 1024 * 4096),
@@ -201,7 +201,7 @@ PUBLISHED_SPEEDS = (
     ),
     PublishedSpeed(
         "V-MoE-S/32, 8 experts, on ImageNet",
-        "configs/vmoe/imagenet_s32_8e.py",
+        "configs/vmoe.py:imagenet_s32_8e",
         "v3:4x4",
         8192,
         # 300 epochs of the 1,268,356 images.
@@ -212,7 +212,7 @@ PUBLISHED_SPEEDS = (
     ),
     PublishedSpeed(
         "Soft MoE H/14, 256 experts, inference",
-        "configs/soft_moe/soft_h14_256e.py",
+        "configs/soft_moe.py:soft_h14_256e",
         "v3:2x2",
         8,
         # 10.9 ms of a core for an image, so eight cores do eight in that time.

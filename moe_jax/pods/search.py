@@ -25,9 +25,9 @@ from moe_jax.parallel.mesh import AXES, MeshConfig
 from moe_jax.parallel.sharding import parameter_shardings
 from moe_jax.pods.compile import compile_step, compiler_version
 from moe_jax.pods.hardware import Topology
-from moe_jax.pods.layouts import PodLayout
 from moe_jax.pods.report import PodReport
 from moe_jax.training.experiment import Experiment
+from moe_jax.training.rows import PodLayout
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 

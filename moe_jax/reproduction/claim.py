@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from ml_collections import config_flags
 
 from moe_jax.configuration import changed, literal
+from moe_jax.errors import UserError, user_error_behind
 from moe_jax.reproduction.measurements import test_split
 from moe_jax.reproduction.verdicts import Finding
 from moe_jax.training.experiment import Experiment
@@ -85,8 +86,15 @@ class Side:
 
 
 def read_config(file: str) -> Experiment:
-    """What the get_config() of a config file returns."""
-    return config_flags.config_flags._ConfigFileParser("config").parse(file)
+    """What --config=`file` gives: what get_config() of a config file returns, or of `FILE:ROW`.
+
+    Raises:
+      UserError: get_config() does.
+    """
+    try:
+        return config_flags.config_flags._ConfigFileParser("config").parse(file)
+    except UserError as error:
+        raise UserError(str(user_error_behind(error))) from error
 
 
 @dataclasses.dataclass(frozen=True)

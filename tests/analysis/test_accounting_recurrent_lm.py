@@ -1,18 +1,18 @@
 import dataclasses
-import importlib
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from configs.shazeer_2017 import ROWS
 from moe_jax.analysis.accounting import recurrent_lm, recurrent_translator
-from moe_jax.analysis.published import Quantity, compare
+from moe_jax.analysis.published import compare
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.definition import ModelDefinition
 from moe_jax.models.recurrent_lm import RecurrentLMConfig
 from moe_jax.models.recurrent_translator import RecurrentTranslatorConfig
+from moe_jax.published import Quantity
 from moe_jax.routing.noisy_top_k import HierarchicalNoisyTopK, NoisyTopK
 
 D, U, E, F, V = 6, 10, 8, 5, 12
@@ -21,12 +21,6 @@ TINY = RecurrentLMConfig(
     vocab_size=V, width=D, units=U, num_experts=E, mlp_width=F,
     moe=MoEConfig(HierarchicalNoisyTopK(groups=4), group_size=16),
 )  # fmt: skip
-FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "shazeer_2017"
-ROWS = {
-    path.stem: module
-    for path in sorted(FOLDER.glob("*.py"))
-    if hasattr(module := importlib.import_module(f"configs.shazeer_2017.{path.stem}"), "PUBLISHED")
-}
 # Printed digits that are not met; the notes in the configs say why.
 NOT_PRINTED = {
     ("moe_256", Quantity.OPS_PER_TIMESTEP.value),
@@ -51,9 +45,9 @@ def test_parameters_and_flops_by_hand():
 
 @pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("translation")])
 def test_published_language_models(name):
-    experiment = ROWS[name].get_config()
+    experiment = ROWS[name].build()
     experiment.validate()
-    rows = compare("shazeer_2017", name, experiment.model, experiment.data, ROWS[name].PUBLISHED)
+    rows = compare("shazeer_2017", name, experiment.model, experiment.data, ROWS[name].published)
     assert len(rows) >= 2
     for row in rows:
         assert row.ok != ((name, row.quantity) in NOT_PRINTED), row
@@ -61,14 +55,14 @@ def test_published_language_models(name):
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name.startswith("translation")])
 def test_published_translators(name):
-    experiment = ROWS[name].get_config()
+    experiment = ROWS[name].build()
     experiment.validate()
     model = experiment.model
     computed = {
         Quantity.OPS_PER_TIMESTEP: recurrent_translator.operations_per_timestep(model),
         Quantity.PARAMETERS: recurrent_translator.account(model, 64, 64).parameters,
     }
-    for number in ROWS[name].PUBLISHED:
+    for number in ROWS[name].published:
         assert computed[number.quantity] == pytest.approx(number.value, abs=number.tolerance)
 
 

@@ -29,7 +29,7 @@ def test_a_gpu_machine_is_compiled_for_in_a_fresh_process_without_gpus():
 
 def test_a_mesh_of_another_size_is_answered_in_a_sentence():
     command = [
-        sys.executable, "experiments/compile_pod.py", "--config=configs/glam/64b_64e.py",
+        sys.executable, "experiments/compile_pod.py", "--config=configs/glam.py:64b_64e",
         "--mesh=expert:64",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import runpy
 
 import numpy as np
 import pytest
@@ -17,8 +16,9 @@ from moe_jax.configuration import encode
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.pods.hardware import topology
-from moe_jax.pods.layouts import PodLayout, pods_of
 from moe_jax.pods.report import GIB, CollectiveSum, Memory
+from moe_jax.reproduction.claim import read_config
+from moe_jax.training.rows import PodLayout, pods_of
 from tests.pods.reports import MEMORY, TERMS, report
 from tests.scripts import ROOT, script
 
@@ -36,7 +36,7 @@ def compiler(monkeypatch):
 def test_every_size_has_a_valid_layout(study, devices):
     layout = study.layout(devices)
     assert layout.mesh.size == topology(layout.topology).devices == devices
-    config = runpy.run_path(str(ROOT / study.config))["get_config"]()
+    config = read_config(str(ROOT / study.config))
     layout.apply(config).validate()
 
 
@@ -53,7 +53,7 @@ def test_gshard_has_an_expert_and_2048_tokens_for_each_device(devices, machine, 
     layout = pod_scaling.gshard(devices)
     assert topology(layout.topology) == topology(machine)
     assert (layout.mesh.data, layout.mesh.expert, layout.mesh.model) == (data, expert, 1)
-    config = layout.apply(runpy.run_path(str(ROOT / STUDIES["gshard"].config))["get_config"]())
+    config = layout.apply(read_config(str(ROOT / STUDIES["gshard"].config)))
     for stack in (config.model.encoder, config.model.decoder):
         assert stack.num_experts == devices
         assert stack.moe.group_size == 2048
@@ -86,7 +86,7 @@ def test_the_published_machine_has_the_layout_of_the_config_file(name, devices):
     study = STUDIES[name]
     (ours, (theirs,)) = study.layout(devices), pods_of(str(ROOT / study.config))
     assert topology(ours.topology) == topology(theirs.topology)
-    config = runpy.run_path(str(ROOT / study.config))["get_config"]()
+    config = read_config(str(ROOT / study.config))
     assert encode(ours.apply(config)) == encode(theirs.apply(config))
 
 

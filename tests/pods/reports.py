@@ -32,7 +32,7 @@ TERMS = Terms(
 def report(**changes: Any) -> PodReport:
     """A step of 8 devices that fits, with some fields changed."""
     usual = PodReport(
-        config="configs/paper/model.py",
+        config="configs/paper.py:model",
         changes={"microbatches": 2},
         note="",
         topology="v5p:2x2x2",

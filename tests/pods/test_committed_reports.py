@@ -7,7 +7,7 @@ import pytest
 
 from experiments import pod_tables
 from moe_jax.pods import budgets
-from moe_jax.pods.layouts import pods_of
+from moe_jax.training.rows import pods_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -16,10 +16,10 @@ pytestmark = [pytest.mark.pods, pytest.mark.timeout(1800)]
 ROOT = pathlib.Path(__file__).parents[2]
 # Those that compile fastest, in 3 to 5 minutes of a core; the others take up to 15.
 FAST = (
-    "configs/glam/64b_64e.py",
-    "configs/mixtral/8x22b.py",
-    "configs/soft_moe/soft_h14_256e.py",
-    "configs/vmoe/vmoe_15b.py",
+    "configs/glam.py:64b_64e",
+    "configs/mixtral.py:8x22b",
+    "configs/soft_moe.py:soft_h14_256e",
+    "configs/vmoe.py:vmoe_15b",
 )
 
 

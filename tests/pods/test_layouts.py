@@ -4,7 +4,8 @@ from configs import quickstart
 from moe_jax.errors import UserError
 from moe_jax.models.stack import Remat
 from moe_jax.parallel.mesh import MeshConfig
-from moe_jax.pods.layouts import PodLayout, changes_between, laid_out
+from moe_jax.pods.layouts import changes_between, laid_out
+from moe_jax.training.rows import PodLayout
 
 LAYOUTS = (
     PodLayout("v5e:2x2", MeshConfig(data=2, expert=2), {"model.remat": "full"}, note="why"),

@@ -12,7 +12,7 @@ def lines_of(text: str) -> list[str]:
 
 def test_the_table_names_what_a_step_takes():
     lines = lines_of(table(report(note="why")))
-    assert lines[0] == "configs/paper/model.py on tpu-v5p-16 (v5p:2x2x2): 8 chips, 8 devices"
+    assert lines[0] == "configs/paper.py:model on tpu-v5p-16 (v5p:2x2x2): 8 chips, 8 devices"
     assert (
         "mesh data=2 x expert=4 x model=1 (microbatches=2); compiled by libtpu 1.2 in 3 s" in lines
     )
