@@ -15,35 +15,33 @@ from flax import linen, nnx
 
 from examples import regions
 from moe_jax.layers.mode import Mode
-from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
+from moe_jax.layers.moe import MoE, MoEConfig
 from moe_jax.routing.deepseek import DeepSeekV3
 
 
 class Experts(nnx.Module):
-    """What is bridged: ToLinen passes `rngs`, and tokens come without ids or padding."""
+    """What is bridged: ToLinen passes `rngs`."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         router = DeepSeekV3(k=2, groups=2, groups_per_token=1, bias_rate=1e-2)
         config = MoEConfig(router=router, group_size=64, shared_experts=1)
         self.moe = MoE(config, regions.WIDTH, 32, num_experts=8, scale=1.0, key=rngs.params())
 
-    def __call__(self, x: jax.Array, mode: Mode) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B, L, d] to [B, L, d], and the losses of the router by name."""
-        info = TokenInfo.of(jnp.zeros(x.shape[:2], jnp.int32))
-        y, report = self.moe(x, info, mode, None)
-        weights = self.moe.config.router.loss_weights
-        return y, {name: weights[name] * value for name, value in report.losses.items()}
+    def __call__(self, x: jax.Array, mode: Mode) -> tuple[jax.Array, jax.Array]:
+        """[B, L, d] to [B, L, d], and the router's losses times their coefficients []."""
+        y, report = self.moe(x, mode=mode)
+        return y, report.auxiliary_loss
 
 
 class Model(linen.Module):
     """A dense layer, the experts, a dense layer."""
 
     @linen.compact
-    def __call__(self, x: jax.Array, mode: Mode) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B, L, d] to [B, L, d], and the router's losses."""
+    def __call__(self, x: jax.Array, mode: Mode) -> tuple[jax.Array, jax.Array]:
+        """[B, L, d] to [B, L, d], and the router's loss []."""
         hidden = linen.Dense(regions.WIDTH)(x)
-        routed, losses = nnx.bridge.to_linen(Experts, name="experts")(hidden, mode)
-        return linen.Dense(regions.WIDTH)(x + routed), losses
+        routed, auxiliary = nnx.bridge.to_linen(Experts, name="experts")(hidden, mode)
+        return linen.Dense(regions.WIDTH)(x + routed), auxiliary
 
 
 def main(steps: int = 200) -> tuple[list[float], jax.Array]:
@@ -59,11 +57,11 @@ def main(steps: int = 200) -> tuple[list[float], jax.Array]:
         x, y = regions.batch(key)
 
         def loss(parameters: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            (predicted, losses), new_state = model.apply(
+            (predicted, auxiliary), new_state = model.apply(
                 {"params": parameters, **state}, x, Mode.TRAIN, mutable=["RouterState"]
             )
             error = jnp.mean((predicted - y) ** 2)
-            return error + sum(losses.values()), (error, new_state)
+            return error + auxiliary, (error, new_state)
 
         gradients, (error, new_state) = jax.grad(loss, has_aux=True)(parameters)
         updates, moments = optimizer.update(gradients, moments, parameters)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from examples import regions
 from moe_jax.layers.mode import Mode
-from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
+from moe_jax.layers.moe import MoE, MoEConfig
 from moe_jax.routing.losses import Losses
 from moe_jax.routing.token_choice import TopK
 
@@ -29,13 +29,10 @@ class Model(nnx.Module):
     def __call__(
         self, x: jax.Array, mode: Mode, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """[B, L, d] to [B, L, d], and the routers' weighted losses."""
-        # A group must divide the tokens, here 8 * 32; ids matter to hash routers only.
-        info = TokenInfo.of(jnp.zeros(x.shape[:2], jnp.int32))
-        hidden, report = self.moe(self.inward(x), info, mode, key)
-        weights = self.moe.config.router.loss_weights
-        auxiliary = sum(weights[name] * value for name, value in report.losses.items())
-        return self.outward(x + hidden), jnp.asarray(auxiliary)
+        """[B, L, d] to [B, L, d], and the router's losses times their coefficients []."""
+        # A group must divide the tokens, here 8 * 32.
+        hidden, report = self.moe(self.inward(x), mode=mode, key=key)
+        return self.outward(x + hidden), report.auxiliary_loss
 
 
 def main(steps: int = 200) -> list[float]:

@@ -216,7 +216,7 @@ class MoEReport:
 
     losses: dict[str, jax.Array]
     statistics: dict[str, jax.Array]
-    auxiliary_loss: jax.Array | None = None
+    auxiliary_loss: jax.Array = None  # type: ignore[assignment]
     routing: Routing | None = None
 
 

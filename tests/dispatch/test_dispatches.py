@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
+from moe_jax import reference
 from moe_jax.dispatch import dropless
 from moe_jax.dispatch import slots as slots_of
 from moe_jax.dispatch.dropless import Dropless, Method
@@ -23,7 +24,6 @@ from moe_jax.parallel.mesh import EXPERT, MeshConfig, make_mesh
 from moe_jax.routing.assignment import ExpertAssignment, SoftAssignment, TokenAssignment
 from moe_jax.routing.expert_choice import ExpertChoice
 from moe_jax.routing.token_choice import TopK
-from tests import reference
 
 D, F = 3, 4
 # (S, K, E, C): one of each, fewer tokens than experts, more rows than a block of the CPU's loop.

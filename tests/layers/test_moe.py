@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from moe_jax import reference
 from moe_jax.dispatch.dropless import Dropless, Method
 from moe_jax.dispatch.gather import Gather
 from moe_jax.errors import UserError
@@ -17,7 +18,6 @@ from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.losses import Losses
 from moe_jax.routing.scores import Exploration
 from moe_jax.routing.token_choice import TopK
-from tests import reference
 
 B, L, D, F, E, K, S = 8, 8, 8, 16, 8, 2, 8
 C = 2  # S * K * factor / E with factor 1.

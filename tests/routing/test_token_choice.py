@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
+from moe_jax import reference
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, service
 from moe_jax.routing.balanced import BASE
@@ -17,7 +18,6 @@ from moe_jax.routing.losses import Losses
 from moe_jax.routing.scores import Exploration, RouterDtype
 from moe_jax.routing.service import ServiceOrder
 from moe_jax.routing.token_choice import GShard, LaterChoices, TopK, VMoE
-from tests import reference
 from tests.routing.inputs import group, vectors
 
 S, D, E = 12, 6, 5

@@ -5,7 +5,10 @@ from typing import Any
 
 from moe_jax.data.builders.labelled_text import Document, LabelledTextBuilder
 
-WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+WORDS = (
+    *("zero", "one", "two", "three", "four", "five", "six"),
+    *("seven", "eight", "nine", "ten", "eleven", "twelve"),
+)
 
 
 class Arithmetic(LabelledTextBuilder):

@@ -3,10 +3,9 @@
 python -m moe_jax train --config=my_project/config.py --workdir=runs/cosine
 """
 
+import moe_jax as moe
 import my_project.arithmetic  # noqa: F401 - the dataset's name is known once its file is imported.
 from my_project.cosine import Cosine
-
-import moe_jax as moe
 
 
 def get_config() -> moe.Experiment:

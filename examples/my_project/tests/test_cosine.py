@@ -17,12 +17,12 @@ def layer() -> moe.MoE:
     return moe.MoE(moe.MoEConfig(router=Cosine()), width=16, mlp_width=32, num_experts=8, key=KEY)
 
 
-def test_lengths_of_tokens_do_not_matter():
+def test_lengths_of_tokens_do_not_matter() -> None:
     one, ten = (layer()(scale * X)[1].statistics["load"] for scale in (1, 10))
     np.testing.assert_allclose(one, ten, atol=1e-6)
 
 
-def test_the_temperature_is_logged_and_learned():
+def test_the_temperature_is_logged_and_learned() -> None:
     def loss(layer: moe.MoE) -> jax.Array:
         y, report = layer(X, mode=moe.Mode.TRAIN, key=KEY)
         return (y**2).mean() + report.auxiliary_loss
@@ -32,6 +32,6 @@ def test_the_temperature_is_logged_and_learned():
     assert float(layer()(X)[1].statistics["temperature"]) == pytest.approx(0.1)
 
 
-def test_a_token_does_not_see_later_ones():
+def test_a_token_does_not_see_later_ones() -> None:
     changed = X.at[:, 20:].set(jnp.flip(X[:, 20:], axis=1))
     np.testing.assert_array_equal(layer()(X)[0][:, :20], layer()(changed)[0][:, :20])

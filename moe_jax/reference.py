@@ -1,7 +1,9 @@
 """What a Mixture-of-Experts layer means, as plain loops over tokens and experts.
 
-Slow on purpose: no one-hot, no sort, no scatter, nothing shared with the package. Where tokens go
-is decided on concrete numbers; what comes out is differentiable.
+The top-k layer of Switch Transformers (Fedus et al. 2021) with K choices per token, and with the router
+z-loss of ST-MoE (Zoph et al. 2022). Slow on purpose: no one-hot, no sort of arrays, no scatter, and
+nothing shared with the rest of the package, which the tests compare with this. Where tokens go is
+decided on concrete numbers, so nothing here can be jitted; what comes out is differentiable.
 
 Axis letters: T tokens, S tokens per group, K choices per token, E experts, C slots per expert,
 d width, f expert width.
@@ -16,13 +18,32 @@ import numpy as np
 
 
 def top_k(probabilities: np.ndarray, k: int) -> np.ndarray:
-    """The k most probable experts of each token [S, E], best first; [S, k] int."""
-    rows = [sorted(range(len(p)), key=lambda e, p=p: -p[e])[:k] for p in np.asarray(probabilities)]
-    return np.array(rows)
+    """The experts a token chooses: the K most probable, of equal ones the first (Switch eq. 1).
+
+    Args:
+      probabilities: [S, E] float.
+      k: K.
+
+    Returns:
+      [S, K] int, best first.
+    """
+    experts = range(probabilities.shape[1])
+    return np.array([sorted(experts, key=(-token).__getitem__)[:k] for token in probabilities])
 
 
 def slots_in_token_order(experts: np.ndarray, mask: np.ndarray, capacity: int) -> np.ndarray:
-    """Slot of each choice [S, K] when tokens are served left to right; C where there is none."""
+    """Where choices sit in their experts' buffers when tokens are served left to right.
+
+    An expert that has served C choices of the group serves no more of it (Switch section 2.2).
+
+    Args:
+      experts: [S, K] int.
+      mask: [S] bool, False for padding, which takes no slot.
+      capacity: C.
+
+    Returns:
+      [S, K] int in [0, C); C where there is none.
+    """
     slots = np.full(experts.shape, capacity)
     taken: collections.Counter[int] = collections.Counter()
     for token, choices in enumerate(experts):
@@ -41,27 +62,30 @@ def expert_sum(
     w_in: jax.Array,
     w_out: jax.Array,
 ) -> jax.Array:
-    """Gate-weighted outputs of the experts that served each token.
+    """Gate-weighted outputs of the experts that served each token (Switch eq. 2).
+
+    An expert is relu(x W_in) W_out.
 
     Args:
-      x: [S, d].
+      x: [S, d] float32.
       experts: [S, K] int.
       served: [S, K] bool.
-      gates: [S, K].
-      w_in: [E, d, f].
-      w_out: [E, f, d].
+      gates: [S, K] float32.
+      w_in: [E, d, f] float32.
+      w_out: [E, f, d] float32.
 
     Returns:
-      [S, d].
+      [S, d] float32; 0 for a token that no expert served.
     """
-    x, w_in, w_out = list(x), list(w_in), list(w_out)  # Sliced once, which is much faster.
+    # Sliced once, which is much faster.
+    vectors, firsts, seconds = list(x), list(w_in), list(w_out)
     rows = []
     for token, choices in enumerate(experts):
-        row = jnp.zeros_like(x[token])
+        row = jnp.zeros_like(vectors[token])
         for choice, expert in enumerate(choices):
             if served[token, choice]:
-                hidden = jnp.maximum(x[token] @ w_in[expert], 0)
-                row = row + gates[token, choice] * (hidden @ w_out[expert])
+                hidden = jnp.maximum(vectors[token] @ firsts[expert], 0)
+                row = row + gates[token, choice] * (hidden @ seconds[expert])
         rows.append(row)
     return jnp.stack(rows)
 
@@ -77,17 +101,27 @@ def layer(
     choices: int,
     capacity: int,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, np.ndarray]]:
-    """The whole top-k layer on all tokens of a batch.
+    """The whole top-k layer on all tokens of a batch, group by group.
 
     Args:
-      x: [T, d].
-      mask: [T] bool.
-      router: [d, E].
-      w_in, w_out: [E, d, f] and [E, f, d].
-      group_size, choices, capacity: S, K and C.
+      x: [T, d] float32.
+      mask: [T] bool, False for padding; a group has at least one real token.
+      router: [d, E] float32.
+      w_in: [E, d, f] float32.
+      w_out: [E, f, d] float32.
+      group_size: S, a divisor of T; a group is S tokens that follow each other.
+      choices: K.
+      capacity: C.
 
     Returns:
-      y [T, d], the losses by name, and the statistics by name.
+      y [T, d] float32.
+      The losses [] float32 by name, before coefficients: `load_balancing`, E * sum_e f_e P_e of first
+        choices, mean over groups (Switch eq. 4-6); `router_z`, the mean over tokens of
+        logsumexp(logits)^2 (ST-MoE eq. 5).
+      The statistics by name: `load` [E], choices of each expert for each token, before drops;
+        `dropped` [], the fraction of choices without a slot; `entropy` [] of the router's distribution
+        in nats, mean over tokens; `logsumexp_squared` [], `router_z`; `max_over_mean_load` [] and
+        `load_cv` [], largest load and deviation of loads over their mean.
     """
     tokens, num_experts = x.shape[0], router.shape[1]
     outputs, balance, squares = [], [], []
@@ -113,15 +147,15 @@ def layer(
             entropy -= sum(p * math.log(p) for p in concrete[s])
     count = int(mask.sum())
     losses = {
-        "load_balancing": sum(balance) / len(balance),
-        "router_z": sum(jnp.sum(s) for s in squares) / count,
+        "load_balancing": jnp.stack(balance).mean(),
+        "router_z": jnp.concatenate(squares).sum() / count,
     }
     statistics = {
         "load": load / count,
         "dropped": np.array(dropped / (count * choices)),
         "entropy": np.array(entropy / count),
         "logsumexp_squared": np.array(jax.lax.stop_gradient(losses["router_z"])),
-        "max_over_mean_load": load.max() / load.mean(),
+        "max_over_mean_load": np.array(load.max() / load.mean()),
         "load_cv": np.sqrt(((load - load.mean()) ** 2).mean()) / load.mean(),
     }
     return jnp.concatenate(outputs), losses, statistics

@@ -1,1 +1,0 @@
-"""A project of one's own on moe_jax."""
