@@ -12,6 +12,7 @@
 #   make test-parity                transformers' routers and models computed anew, against the committed files
 #   make test-tpu                   programs for TPUs, compiled by libtpu on this machine
 #   make test-pods                  published giants, compiled for their machines, against their budgets
+#   make test-wheel                 the built wheel and examples/my_project in an environment of their own
 #   make install EXTRA=gpu          an environment for NVIDIA GPUs (EXTRA=tpu: for TPUs)
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 # A constraints file pins every version and leaves the choice of extras to setup.py.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requirements.lock
 
-.PHONY: install install-test quickstart reproduce test test-slow test-layouts test-routers test-all-routers test-parity test-tpu test-pods lint lock clean
+.PHONY: install install-test quickstart reproduce test test-slow test-layouts test-routers test-all-routers test-parity test-tpu test-pods test-wheel lint lock clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -96,8 +97,18 @@ else
 	@echo "make test-pods needs libtpu, which exists for Linux on x86_64 only; nothing was tested."
 endif
 
+# The built wheel and the example project in an environment of their own, without the checkout.
+test-wheel:
+	rm -rf .venv-wheel build && $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir .venv-wheel/dist .
+	cp -r examples/my_project .venv-wheel/my_project
+	.venv-wheel/bin/pip --disable-pip-version-check install --quiet --constraint requirements.lock \
+	  "$$(ls .venv-wheel/dist/*.whl)[notebooks]" ".venv-wheel/my_project[test]"
+	cd .venv-wheel/my_project && ../bin/python -m pytest -q tests
+	cd .venv-wheel/my_project && ../bin/jupyter execute notebook.ipynb
+
 lock:
-	uv pip compile setup.py --extra test --extra vowels --extra gpu --extra tpu --extra gcs --universal --python-version 3.11 --upgrade \
+	uv pip compile setup.py --extra test --extra notebooks --extra vowels --extra gpu --extra tpu --extra gcs --universal --python-version 3.11 --upgrade \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean:

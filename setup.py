@@ -53,6 +53,8 @@ setup(
             "pytest-xdist",
             "ruff",
         ],
+        # To execute notebooks without a browser.
+        "notebooks": ["ipykernel", "nbclient"],
         # To compare with another implementation; pinned, because the committed outputs are theirs.
         "parity": ["torch==2.13.0", "transformers==5.23.0"],
         "gpu": ["jax[cuda12]", "tokamax>=0.0.12"],

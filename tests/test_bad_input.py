@@ -183,7 +183,7 @@ def test_router_that_config_json_could_not_name(data_dir, tmp_path):
 
     config = tiny_config(data_dir)
     config.model.moe.router = Unlisted()
-    with pytest.raises(UserError, match="config type 'Unlisted' is not one that can be rebuilt"):
+    with pytest.raises(UserError, match="Unlisted is defined inside a function"):
         loop.train(config, tmp_path)
 
 

@@ -198,6 +198,9 @@ def _damaged(directory: os.PathLike[str], split: str, reason: str) -> UserError:
 
 
 def _prepare_command(name: str, root: pathlib.Path) -> str:
-    if name in builders():
-        return f"python experiments/prepare_data.py --dataset={name} --data_dir={root}"
+    builder = builders().get(name)
+    if builder is not None:
+        own = builder.__module__.startswith("moe_jax.")
+        named = "" if own else f" --import={builder.__module__}"
+        return f"python -m moe_jax prepare_data --dataset={name} --data_dir={root}{named}"
     return f"tfds build {name} --file_format=array_record --data_dir={root}"

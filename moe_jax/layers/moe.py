@@ -55,7 +55,6 @@ class MoEConfig(Component):
       group_size: S, tokens that compete for the same slots in training and evaluation. Groups are
         consecutive tokens of the batch, so the result does not depend on the mesh. 0: a group is
         `group_rows` rows of the batch, whatever their length.
-      group_rows: rows of a group where `group_size` is 0: by default each sequence is a group.
       dispatch: how tokens reach their experts: any `moe_jax.dispatch.interface.Dispatch`.
       experts: form of each expert's feed-forward network, and of the shared experts'.
       expert_layers: residual feed-forward networks in each expert, one after the other (BASE: 10);
@@ -64,18 +63,19 @@ class MoEConfig(Component):
       shared_experts: experts that every token visits beside the routed ones, as one dense branch of
         that many times the expert width (DeepSeekMoE; 1 is DeepSpeed's residual MoE).
       shared_mix: how the branch and the routed experts are added.
+      group_rows: rows of a group where `group_size` is 0: by default each sequence is a group.
     """
 
     router: Router = dataclasses.field(default_factory=TopK)
     capacity: Capacity = dataclasses.field(default_factory=Capacity)
     group_size: int = 0
-    group_rows: int = 1
     dispatch: Dispatch = dataclasses.field(default_factory=Gather)
     experts: FeedForwardForm = dataclasses.field(default_factory=FeedForwardForm)
     expert_layers: int = 1
     expert_dropout: float = 0.0
     shared_experts: int = 0
     shared_mix: BranchMix = BranchMix.SUM
+    group_rows: int = 1
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError where the layer could not be built with E experts."""

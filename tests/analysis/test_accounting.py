@@ -112,7 +112,9 @@ def test_a_twin_of_two_choices_is_refused():
 
 def test_counting_does_not_build_the_model():
     # 64 experts of 12 layers of width 4096: 200 GB if anything were allocated.
-    large = DecoderLMConfig(num_layers=24, width=4096, mlp_width=16384, num_experts=64)
+    large = DecoderLMConfig(
+        num_layers=24, width=4096, mlp_width=16384, num_experts=64, moe=MoEConfig(group_size=256)
+    )
     assert account(large, 256).parameters > 12 * 64 * math.prod((2, 4096, 16384))
 
 

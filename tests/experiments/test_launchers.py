@@ -37,7 +37,7 @@ def flags_of_trainer(text: str) -> set[str]:
 
 
 def flags_that_exist() -> set[str]:
-    train = (ROOT / "experiments" / "train.py").read_text()
+    train = (ROOT / "moe_jax" / "commands" / "train.py").read_text()
     return {"config", *re.findall(r'DEFINE_\w+\(\s*"(\w+)"', train)}
 
 

@@ -93,7 +93,7 @@ def test_generate_refuses_what_does_not_fit(quickstart):
     done = script("generate", f"--workdir={workdir}/moe", "--prompt=abc", "--max_new_tokens=500")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "--max_new_tokens is 500, which after a prompt of 4 tokens is more than "
+        "max_new_tokens is 500, which after a prompt of 4 tokens is more than "
         "model.max_length=96; ask for at most 93 or shorten the prompt."
     )
 

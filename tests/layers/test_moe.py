@@ -265,7 +265,7 @@ def test_experts_that_the_mesh_does_not_divide_are_an_error_of_the_layer():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MoEConfig(group_size=0), "moe.group_size is 0; it must be at least 1"),
+        (MoEConfig(group_size=-1), "moe.group_size is -1; it must be at least 1"),
         (MoEConfig(expert_dropout=1.0), r"moe.expert_dropout is 1.0; it must be in \[0, 1\)"),
         (MoEConfig(router=TopK(k=9)), "router.k is 9 but there are 8 experts"),
         (MoEConfig(capacity=Capacity(train_factor=0)), "capacity.train_factor is 0"),

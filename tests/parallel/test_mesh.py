@@ -36,9 +36,12 @@ def test_mesh_in_force():
 
 def test_host_devices_cannot_change_once_jax_runs():
     assert jax.device_count() == 8
-    force_host_devices(8)  # What is there already.
-    with pytest.raises(UserError, match=r"mesh.host_devices is 4, but JAX.*8 devices; set it"):
-        force_host_devices(4)
+    force_host_devices(16)
+    assert jax.device_count() == 8
+    with pytest.raises(
+        UserError, match=r'call jax.config.update\("jax_num_cpu_devices", 16\) before'
+    ):
+        make_mesh("data:16")
 
 
 def test_sizes():

@@ -205,6 +205,6 @@ def test_a_model_or_data_that_do_not_fit_are_named(task, model, data, message):
 def test_groups_are_of_the_tokens_of_rows_and_a_dense_model_has_none():
     task = LanguageModeling()
     assert task.moe_inputs(CONFIG, TextData(sequence_length=32)) == [
-        ("model.moe.group_size", 32, CONFIG.moe.group_size)
+        ("model.moe.group_size", 32, CONFIG.moe.group_size or 32)
     ]
     assert task.moe_inputs(dataclasses.replace(CONFIG, moe_every=0), DATA) == []

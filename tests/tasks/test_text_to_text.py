@@ -142,10 +142,9 @@ def test_groups_are_of_inputs_and_targets():
     assert TextToText().moe_inputs(model, data) == [("model.decoder.moe.group_size", 48, 32)]
     corrupted = SpanCorruptionData(input_length=512)
     recurrent = RecurrentTranslatorConfig()
-    size = recurrent.moe.group_size
     assert TextToText().moe_inputs(recurrent, corrupted) == [
-        ("model.moe.group_size", 512, size),
-        ("model.moe.group_size", 114, size),
+        ("model.moe.group_size", 512, 512),  # A row each.
+        ("model.moe.group_size", 114, 114),
     ]
 
 

@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 
-from experiments import train
 from moe_jax import command_line
+from moe_jax.commands import train
 from moe_jax.data.pipelines import TextPipeline
 from moe_jax.parallel import multihost
 

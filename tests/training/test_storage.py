@@ -91,5 +91,5 @@ def test_a_run_in_a_bucket_continues_on_another_mesh(bucket, data_dir):
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert checkpoints.Checkpoints(bucket / "checkpoints").steps() == [6]
     kept = {path.split("/")[3] for path in Bucket.store}
-    assert {"config.json", "metrics.jsonl", "report.png", "profile", "checkpoints"} <= kept
+    assert {"config.json", "metrics.jsonl", "profile", "checkpoints"} <= kept
     assert not [path for path in Bucket.store if path.endswith(".tmp")]
