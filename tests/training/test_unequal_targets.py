@@ -71,12 +71,14 @@ def decoder(**fields):
 
 def encoder_decoder():
     stacks = [
-        StackConfig(**SMALL, num_experts=4, moe_every=every, moe=moe(router))
-        for every, router in ((1, biased(1e-2)), (2, biased(1e-3)))
+        StackConfig(**{**SMALL, "num_layers": 1}, num_experts=4, moe_every=1, moe=moe(biased(rate)))
+        for rate in (1e-2, 1e-3)
     ]
-    scaling = EmbeddingScaling.NONE
     return EncoderDecoderConfig(
-        vocab_size=V, embedding_scaling=scaling, encoder=stacks[0], decoder=stacks[1]
+        vocab_size=V,
+        embedding_scaling=EmbeddingScaling.NONE,
+        encoder=stacks[0],
+        decoder=stacks[1],
     )
 
 
@@ -155,13 +157,12 @@ TASKS = {
     ),
     "masked, few in one": (decoder(bidirectional=True), MaskedByContent(), text_to_mask(1)),
     "masked, none in one": (decoder(bidirectional=True), MaskedByContent(), text_to_mask(0)),
-    "text to text": (encoder_decoder(), TextToText(), pairs(1, 3)),
-    "text to text, half with one target": (encoder_decoder(), TextToText(), half_with_one_target()),
-    "text to text, smoothed": (
+    "text to text": (
         encoder_decoder(),
         TextToText(label_smoothing=0.1, z_loss=1e-2),
-        pairs(2),
+        pairs(1, 3),
     ),
+    "text to text, half with one target": (encoder_decoder(), TextToText(), half_with_one_target()),
     "text to text, one without targets": (encoder_decoder(), TextToText(), pairs(0)),
     "text to text, one of padding": (encoder_decoder(), TextToText(), pairs(0, 0)),
     "recurrent translation": (
@@ -169,8 +170,7 @@ TASKS = {
         TextToText(),
         pairs(1, 3),
     ),
-    "images": (VISION, ImageClassification(), images()),
-    "images, sigmoid": (VISION, ImageClassification(loss=ClassLoss.SIGMOID), images()),
+    "images": (VISION, ImageClassification(loss=ClassLoss.SIGMOID), images()),
     "mixture": (MixtureConfig(), MixtureRegression(classes=False), cases()),
 }
 
@@ -179,7 +179,7 @@ def drawn(definition):
     """Parameters of which none is 0, so that every gradient is one."""
     keys = iter(jax.random.split(jax.random.key(5), len(jax.tree.leaves(definition.shapes))))
     return jax.tree.map(
-        lambda shape: 0.5 * jax.random.normal(next(keys), shape.shape), definition.shapes
+        lambda shape: 0.2 * jax.random.normal(next(keys), shape.shape), definition.shapes
     )
 
 
@@ -204,12 +204,14 @@ def after_a_step(config, task, batch, microbatches, mesh_config=None):
 
 
 def assert_equal_steps(found, expected):
-    """Losses and the whole gradient's norm to 1e-6, biases to the bit, reports up to rounding."""
+    """Losses to 1e-6, the gradient but for what float32 rounds (measured: up to 1e-6 of its norm),
+    biases to the bit, what single layers report to 1e-5.
+    """
     (moved, variables, metrics), (whole, whole_variables, whole_metrics) = found, expected
     difference = jax.tree.map(np.subtract, moved, whole)
     norm = optax.tree_utils.tree_norm
-    assert norm(whole) > 0.01
-    assert norm(difference) < 1e-6 * norm(whole)
+    assert norm(whole) > 1e-3
+    assert norm(difference) < 2e-6 * norm(whole)
     jax.tree.map(np.testing.assert_array_equal, variables, whole_variables)
     reports, whole_reports = metrics.pop("router"), whole_metrics.pop("router")
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
@@ -241,7 +243,11 @@ def test_without_any_targets_there_are_only_the_routers_losses():
     assert_equal_steps(parts, whole)
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+@pytest.mark.parametrize(
+    "entry",
+    [entry for entry in ENTRIES if entry.router.loss_weights],
+    ids=lambda entry: entry.name,
+)
 def test_counting_does_not_compute_the_model(entry):
     """Whatever a router's losses are means over follows from masks."""
     config = DecoderLMConfig(
