@@ -116,6 +116,15 @@ class Task(Component, abc.ABC):
                 return False
         return False
 
+    def validate_microbatches(self, microbatches: int) -> None:
+        """Raises UserError where a batch cannot be computed in this many parts."""
+        if microbatches > 1 and not self.separable:
+            raise UserError(
+                f"microbatches is {microbatches}, but the task {type(self).__name__} does not say that "
+                "its loss is a mean over targets of single rows; use microbatches=1, or define "
+                "num_targets beside its training_loss."
+            )
+
     @abc.abstractmethod
     def evaluation_sums(self, model: Any, batch: Batch, num_domains: int) -> Sums:
         """What evaluation measures, as sums by domain, so that batches can be added up exactly.

@@ -91,12 +91,7 @@ class Experiment(Component):
         for component in (self.model, self.data, self.optimizer, self.mesh):
             component.validate()
         self.task.validate(self.model, self.data)
-        if self.microbatches > 1 and not self.task.separable:
-            raise UserError(
-                f"microbatches is {self.microbatches}, but the task {type(self.task).__name__} does not "
-                "say that its loss is a mean over targets of single rows; use microbatches=1, or "
-                "define num_targets beside its training_loss."
-            )
+        self.task.validate_microbatches(self.microbatches)
         self._validate_mesh()
         for field, tokens, group_size in self.task.moe_inputs(self.model, self.data):
             self._validate_groups(field, tokens, group_size)

@@ -31,9 +31,12 @@ def train_step(
       task: gives the loss.
       optimizer: optax transformation.
       skip_nonfinite: keep the old parameters where the loss or a gradient is not finite.
-      microbatches: parts in which the batch's gradients are computed; 1 for the batch as a whole. More
-        need a task that is `separable`.
+      microbatches: parts in which the batch's gradients are computed; 1 for the batch as a whole.
+
+    Raises:
+      UserError: the task's loss cannot be computed in parts.
     """
+    task.validate_microbatches(microbatches)
 
     def step(state: TrainState, batch: Batch, noise_key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(noise_key, state.step)

@@ -296,5 +296,8 @@ def test_a_loss_that_is_not_separable_is_refused_in_microbatches():
     config.microbatches = 2
     with pytest.raises(UserError, match="microbatches is 2, but the task BatchWise does not say"):
         config.validate()
+    definition = ModelDefinition.of(decoder())
+    with pytest.raises(UserError, match="use microbatches=1, or define num_targets"):
+        train_step(definition, BatchWise(), optax.sgd(1.0), False, 2)
     config.task = BatchWiseAgain()
     config.validate()
