@@ -201,6 +201,26 @@ class RouterState(nnx.Variable):
     """Arrays of a router that no gradient trains, such as DeepSeek-V3's expert bias."""
 
 
+class LossShare(nnx.Variable):
+    """What part of a whole batch's router loss the tokens of one microbatch are, [] float32."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoESums:
+    """What a report's means are the quotients of, so that reports of several passes can be joined.
+
+    Attributes:
+      losses, statistics: name -> (sum, count); all empty where the module does not report sums.
+      loss_counts: name -> [] float32, the counts of `losses` once more. They come by an all-reduce of
+        their own, so that who needs nothing else computes nothing else (counts follow from masks).
+    """
+
+    losses: dict[str, Mean] = dataclasses.field(default_factory=dict)
+    statistics: dict[str, Mean] = dataclasses.field(default_factory=dict)
+    loss_counts: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoEReport:
@@ -212,12 +232,16 @@ class MoEReport:
       auxiliary_loss: [] float32, the losses times the router's coefficients, added up; outside the
         layer's shard_map only.
       routing: of every group, with a leading axis G; in Mode.OBSERVE only.
+      sums: where the module `reports_sums`.
+      path: `MoE.path` of the module that reports.
     """
 
     losses: dict[str, jax.Array]
     statistics: dict[str, jax.Array]
     auxiliary_loss: jax.Array = None  # type: ignore[assignment]
     routing: Routing | None = None
+    sums: MoESums = dataclasses.field(default_factory=MoESums)
+    path: str = dataclasses.field(default="", metadata={"static": True})
 
 
 class MoE(nnx.Module):
@@ -226,6 +250,11 @@ class MoE(nnx.Module):
     Attributes:
       router: the router's parameters, float32, whole on every device.
       router_state: the router's arrays that no gradient trains; renewed by calls in Mode.TRAIN.
+      loss_shares: name of a router loss -> its factor in `MoEReport.auxiliary_loss`; empty for 1.
+      reports_sums: whether reports have `sums`. This and `loss_shares` are set while a batch is
+        computed in microbatches, see `moe_jax.training.microbatches`.
+      path: where the module is in its model, such as "stack/stages/0/blocks/1/mlp", by which its
+        reports are known; `ModelDefinition` fills it in.
       w_in, w_gate: [E, d, f] float32; w_gate only where the experts are gated.
       w_out: [E, f, d] float32.
       b_in, b_gate, b_hidden: [E, f] float32, where the experts' form has them.
@@ -276,6 +305,9 @@ class MoE(nnx.Module):
         )
         for name, value in experts.items():
             setattr(self, name, nnx.Param(value, axes=axes[name]))
+        self.loss_shares = nnx.data(dict[str, LossShare]())
+        self.reports_sums = False
+        self.path = ""
         self.shared = (
             SharedExperts(
                 width,
@@ -358,10 +390,15 @@ class MoE(nnx.Module):
             groups=groups,
             capacity=capacity,
             mode=mode,
+            with_sums=self.reports_sums,
         )
         weights = self.config.router.loss_weights
         weighted = [weights[name] * loss for name, loss in report.losses.items()]
-        report = dataclasses.replace(report, auxiliary_loss=sum(weighted, start=jnp.zeros(())))
+        if self.loss_shares:
+            shares = [self.loss_shares[name][...] for name in report.losses]
+            weighted = [share * loss for share, loss in zip(shares, weighted, strict=True)]
+        auxiliary = sum(weighted, start=jnp.zeros(()))
+        report = dataclasses.replace(report, auxiliary_loss=auxiliary, path=self.path)
         if mode == Mode.TRAIN:
             for name, value in self.config.router.next_state(state, report.statistics).items():
                 self.router_state[name][...] = jax.lax.stop_gradient(value)
@@ -423,7 +460,7 @@ def _shardings(shapes: Any, axes: dict[str, tuple[str, ...]], mesh: Mesh) -> Any
 
 @functools.partial(
     jax.jit,
-    static_argnames=("mesh", "config", "num_experts", "groups", "capacity", "mode"),
+    static_argnames=("mesh", "config", "num_experts", "groups", "capacity", "mode", "with_sums"),
 )
 def _moe(
     x: jax.Array,
@@ -438,6 +475,7 @@ def _moe(
     groups: int,
     capacity: int,
     mode: Mode,
+    with_sums: bool,
 ) -> tuple[jax.Array, MoEReport]:
     """The routed experts on [B, L, d]; see `_moe_of_shard`.
 
@@ -446,7 +484,7 @@ def _moe(
     """
     grouped = jax.tree.map(lambda a: a.reshape(groups, -1, *a.shape[2:]), (x, info))
     index = jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32).reshape(groups, -1)
-    layer = _moe_shard_map(mesh, config, num_experts, capacity, mode)
+    layer = _moe_shard_map(mesh, config, num_experts, capacity, mode, with_sums)
     y, report = layer(*grouped, index, router, parameters, key)
     return y.reshape(x.shape), report
 
@@ -473,7 +511,7 @@ def number_of_groups(tokens: int, group_size: int, shards: int) -> int:
 
 
 def _moe_shard_map(
-    mesh: Any, config: MoEConfig, num_experts: int, capacity: int, mode: Mode
+    mesh: Any, config: MoEConfig, num_experts: int, capacity: int, mode: Mode, with_sums: bool
 ) -> Any:
     """The layer over global arrays: splits them by the mesh, Manual inside."""
     tokens = PartitionSpec(TOKEN_AXES)
@@ -485,10 +523,14 @@ def _moe_shard_map(
             num_experts=num_experts,
             capacity=capacity,
             mode=mode,
+            with_sums=with_sums,
         ),
         mesh=mesh,
         in_specs=(tokens, tokens, tokens, PartitionSpec(), experts, PartitionSpec()),
-        out_specs=(tokens, MoEReport(PartitionSpec(), PartitionSpec(), routing=tokens)),  # type: ignore[arg-type]
+        out_specs=(
+            tokens,
+            MoEReport(PartitionSpec(), PartitionSpec(), routing=tokens, sums=PartitionSpec()),  # type: ignore[arg-type]
+        ),
     )
 
 
@@ -504,6 +546,7 @@ def _moe_of_shard(
     num_experts: int,
     capacity: int,
     mode: Mode,
+    with_sums: bool,
 ) -> tuple[jax.Array, MoEReport]:
     """One device's share of the layer.
 
@@ -514,7 +557,7 @@ def _moe_of_shard(
       router: the router's parameters, whole.
       parameters: of this device's experts, split as EXPERT_AXES says.
       key: of this layer and step.
-      config, num_experts, capacity, mode: static.
+      config, num_experts, capacity, mode, with_sums: static.
     """
     router_key, shared_key, dropout_key = jax.random.split(key, 3)
     train = mode == Mode.TRAIN
@@ -567,7 +610,7 @@ def _moe_of_shard(
     y, moved = config.dispatch.apply(varying, routing.assignment, token_index, experts, EXPERT)
     y = jax.lax.psum(y, MODEL)
     with jax.named_scope("statistics"):
-        report = _reduced_report(routing, moved)
+        report = _reduced_report(routing, moved, with_sums)
     if mode == Mode.OBSERVE:
         report = dataclasses.replace(report, routing=routing)
     return y, report
@@ -580,17 +623,23 @@ def _gather_over_data(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.all_gather(value, DATA, axis=axes.index("expert_embed"), tiled=True)
 
 
-def _reduced_report(routing: Routing, moved: dict[str, Mean]) -> MoEReport:
+def _reduced_report(routing: Routing, moved: dict[str, Mean], with_sums: bool) -> MoEReport:
     """Sums the groups' (sum, count) pairs over the whole mesh: one all-reduce of a few floats.
 
     Args:
       routing: of this device's groups.
       moved: the dispatch's statistics of this device.
+      with_sums: see `MoESums`.
     """
     losses, statistics = jax.tree.map(lambda a: a.sum(axis=0), (routing.losses, routing.statistics))
     local = (losses, statistics | moved)
     flat, unravel = ravel_pytree(local)
     losses, statistics = unravel(jax.lax.psum(flat, TOKEN_AXES))
+    sums = MoESums()
+    if with_sums:
+        counts = {name: mean.count for name, mean in routing.losses.items()}
+        counts = {name: count.sum(axis=0) for name, count in counts.items()}
+        sums = MoESums(losses, statistics, jax.lax.psum(counts, TOKEN_AXES))
     values = jax.tree.map(Mean.value, statistics, is_leaf=lambda leaf: isinstance(leaf, Mean))
     values |= of_load(values["load"])
-    return MoEReport({name: mean.value() for name, mean in losses.items()}, values)
+    return MoEReport({name: mean.value() for name, mean in losses.items()}, values, sums=sums)

@@ -6,6 +6,12 @@ from typing import Any
 import jax
 from flax import nnx
 
+from moe_jax.layers.moe import MoE
+from moe_jax.models.interface import ModelConfig
+
+# Numbers of a model, or what stands in their places: dicts in dicts, with leaves of one kind.
+Tree = dict[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelDefinition:
@@ -20,15 +26,17 @@ class ModelDefinition:
     """
 
     graph: nnx.GraphDef
-    shapes: Any
-    axes: Any
-    variable_shapes: Any
-    variable_axes: Any
+    shapes: Tree
+    axes: Tree
+    variable_shapes: Tree
+    variable_axes: Tree
 
     @classmethod
-    def of(cls, config: Any) -> "ModelDefinition":
+    def of(cls, config: ModelConfig) -> "ModelDefinition":
         """From a model config with `build(key)`; allocates nothing."""
         model = nnx.eval_shape(lambda: config.build(jax.random.key(0)))
+        for module_path, module in moe_modules(model).items():
+            module.path = module_path
         graph, (parameters, variables) = _split(model)
         return cls(
             graph,
@@ -38,12 +46,21 @@ class ModelDefinition:
             _axes(variables),
         )
 
-    def merge(self, parameters: Any, variables: Any | None = None) -> Any:
+    def merge(self, parameters: Tree, variables: Tree | None = None) -> Any:
         """The model with these numbers; most models have no variables."""
         return nnx.merge(self.graph, parameters, {} if variables is None else variables)
 
 
-def numbers_of(model: nnx.Module) -> tuple[Any, Any]:
+def moe_modules(model: nnx.Module) -> dict[str, MoE]:
+    """The model's MoE modules by their paths, such as "stack/stages/0/blocks/1/mlp"."""
+    return {
+        "/".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, MoE)
+    }
+
+
+def numbers_of(model: nnx.Module) -> tuple[Tree, Tree]:
     """The parameters and the variables of a model, as nested dicts."""
     _, (parameters, variables) = _split(model)
     return nnx.to_pure_dict(parameters), nnx.to_pure_dict(variables)
@@ -54,7 +71,7 @@ def _split(model: nnx.Module) -> tuple[nnx.GraphDef, list[nnx.State]]:
     return graph, states
 
 
-def _axes(state: nnx.State) -> Any:
+def _axes(state: nnx.State) -> Tree:
     """Dimension names in place of the values of a state."""
     return nnx.to_pure_dict(
         jax.tree.map(_dimension_names, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

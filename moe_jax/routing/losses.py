@@ -196,13 +196,14 @@ def sequence_wise(
     sequence = jnp.cumsum(starts)  # 0, 1, ... within the group.
     real = mask.astype(jnp.float32)[:, None]
     sums = jax.ops.segment_sum(
-        jnp.concatenate([probabilities * real, _chosen(experts, num_experts) * real, real], axis=1),
+        jnp.concatenate([probabilities * real, _chosen(experts, num_experts) * real], axis=1),
         sequence,
         num_tokens,
     )
-    length = sums[:, -1]
+    # Apart, so that who needs the number of sequences only need not route.
+    length = jax.ops.segment_sum(real[:, 0], sequence, num_tokens)
     mean = sums / jnp.maximum(length, 1.0)[:, None]
-    mean_probability, fraction = mean[:, :num_experts], mean[:, num_experts:-1]
+    mean_probability, fraction = mean[:, :num_experts], mean[:, num_experts:]
     products = (mean_probability * jax.lax.stop_gradient(fraction)).sum()
     return Mean(num_experts / experts.shape[1] * products, (length > 0).sum(dtype=jnp.float32))
 

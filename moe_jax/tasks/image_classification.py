@@ -96,6 +96,10 @@ class ImageClassification(Task):
         }
         return loss + auxiliary, metrics
 
+    def num_targets(self, batch: Batch, key: jax.Array) -> jax.Array:
+        """See `Task`: images."""
+        return jnp.asarray(len(batch["label"]), jnp.float32)
+
     def evaluation_sums(self, model: Vision, batch: Batch, num_domains: int) -> Sums:
         """See `Task`: loss without smoothing, and accuracy."""
         mask, labels = batch["mask"], batch["label"]

@@ -151,6 +151,10 @@ class LanguageModeling(TextTask):
             total += other_loss + other_auxiliary + self.consistency_weight * consistency
         return total, metrics
 
+    def num_targets(self, batch: Batch, key: jax.Array) -> jax.Array:
+        """See `Task`: every token but the first of each row."""
+        return jnp.asarray(batch["tokens"][:, 1:].size, jnp.float32)
+
     def evaluation_tokens(self, batch: Batch) -> jax.Array:
         """All but the last token of each row."""
         return batch["tokens"][:, :-1]

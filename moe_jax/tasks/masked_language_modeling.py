@@ -57,15 +57,23 @@ class MaskedLanguageModeling(TextTask):
 
     def training_loss(self, model: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """See `Task`."""
-        mask_key, model_key = jax.random.split(key)
-        targets = batch["tokens"][:, :-1]
-        masked = jax.random.bernoulli(mask_key, self.mask_rate, targets.shape)
+        _, model_key = jax.random.split(key)
+        targets, masked = batch["tokens"][:, :-1], self._training_mask(batch, key)
         tokens = jnp.where(masked, self.mask_id, targets)
         logits, reports, _ = model(tokens, None, Mode.TRAIN, model_key)
         losses = token_losses(logits, targets) * masked
         loss = losses.sum() / jnp.maximum(masked.sum(), 1)
         auxiliary = auxiliary_loss(reports, self.auxiliary_reduction)
         return loss + auxiliary, {"loss": loss, "auxiliary_loss": auxiliary, "router": reports}
+
+    def num_targets(self, batch: Batch, key: jax.Array) -> jax.Array:
+        """See `Task`: masked tokens."""
+        return self._training_mask(batch, key).sum(dtype=jnp.float32)
+
+    def _training_mask(self, batch: Batch, key: jax.Array) -> jax.Array:
+        """[B, L] bool, the tokens that are masked in a step."""
+        mask_key, _ = jax.random.split(key)
+        return jax.random.bernoulli(mask_key, self.mask_rate, batch["tokens"][:, :-1].shape)
 
     def evaluation_tokens(self, batch: Batch) -> jax.Array:
         """All but the last token of each row, some of them masked."""

@@ -77,6 +77,10 @@ class MixtureRegression(Task):
             metrics["accuracy"] = is_right(output.blended, targets).mean()
         return errors(self.objective, output, targets).mean(), metrics
 
+    def num_targets(self, batch: Batch, key: jax.Array) -> jax.Array:
+        """See `Task`: cases."""
+        return jnp.asarray(len(batch["targets"]), jnp.float32)
+
     def evaluation_sums(self, model: Mixture, batch: Batch, num_domains: int) -> Sums:
         """See `Task`: squared error and accuracy of the blended output."""
         blended, targets = model(batch["inputs"]).blended, batch["targets"]

@@ -82,6 +82,49 @@ class Task(Component, abc.ABC):
           in the order of the model's `moe_layers`, each with a leading axis over its layers).
         """
 
+    def num_targets(self, batch: Batch, key: jax.Array) -> jax.Array:
+        """How many things the loss of these rows is a mean over: tokens to predict, images.
+
+        A batch may be computed in microbatches only if its loss is separable over rows: a mean over
+        targets, each of which belongs to one row. A task says that it is by defining this method in the
+        class that defines `training_loss`; one that does not (because it compares rows with each other,
+        say) is refused with microbatches > 1. So is a subclass with a `training_loss` of its own,
+        until it defines this method too.
+
+        What a task promises by it: `training_loss` returns such a mean plus `auxiliary_loss` of its
+        reports; its metrics other than `router` are means over the same targets; and all of this is
+        0, not NaN, where there are no targets.
+
+        Args:
+          batch, key: as in `training_loss`.
+
+        Returns:
+          [] float32, at least 0: the sum of weights, if the loss is a weighted mean.
+        """
+        raise UserError(
+            f"task is {type(self).__name__}, which does not say what its loss is a mean over; define "
+            "num_targets in it."
+        )
+
+    @property
+    def separable(self) -> bool:
+        """Whether a batch may be computed in microbatches, see `num_targets`."""
+        for cls in type(self).__mro__:
+            if "num_targets" in vars(cls):
+                return cls is not Task
+            if "training_loss" in vars(cls):
+                return False
+        return False
+
+    def validate_microbatches(self, microbatches: int) -> None:
+        """Raises UserError where a batch cannot be computed in this many parts."""
+        if microbatches > 1 and not self.separable:
+            raise UserError(
+                f"microbatches is {microbatches}, but the task {type(self).__name__} does not say that "
+                "its loss is a mean over targets of single rows; use microbatches=1, or define "
+                "num_targets beside its training_loss."
+            )
+
     @abc.abstractmethod
     def evaluation_sums(self, model: Any, batch: Batch, num_domains: int) -> Sums:
         """What evaluation measures, as sums by domain, so that batches can be added up exactly.

@@ -123,6 +123,10 @@ class TextToText(Task):
             total += other_total + self.consistency_weight * consistency
         return total, metrics
 
+    def num_targets(self, batch: Batch, key: jax.Array) -> jax.Array:
+        """See `Task`: target tokens without padding, EOS included."""
+        return _target_mask(batch).sum(dtype=jnp.float32)
+
     def _objective(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """What is minimised for every target: logits [B, N, V], targets [B, N], result [B, N]."""
         log_z = jax.nn.logsumexp(logits, axis=-1)

@@ -91,6 +91,7 @@ class Experiment(Component):
         for component in (self.model, self.data, self.optimizer, self.mesh):
             component.validate()
         self.task.validate(self.model, self.data)
+        self.task.validate_microbatches(self.microbatches)
         self._validate_mesh()
         for field, tokens, group_size in self.task.moe_inputs(self.model, self.data):
             self._validate_groups(field, tokens, group_size)

@@ -2,55 +2,98 @@
 
 Axis letters: B rows of a batch, N microbatches, E experts.
 
-Losses, gradients and statistics are means over microbatches, each of which weighs the same. They are
-those of the whole batch where each microbatch has as many tokens that count, and where groups of
-tokens that are routed together are no larger than a row.
+The whole batch's loss is a mean over its targets, plus the routers' losses, each a mean over what its
+formula averages: tokens, groups, sequences (see `moe_jax.routing.losses`), of which padding is none.
+The sum over microbatches of
+    (targets of the microbatch / targets of the batch) * (mean over the microbatch's targets)
+  + (count of the microbatch / count of the batch) * (router loss of the microbatch),
+the latter for each loss of each MoE layer, is therefore the same number, and has the same gradient.
+Metrics weigh as the targets do. Losses, statistics and the router state that follows from them
+(expert biases) come from sums and counts over all microbatches.
+
+This equals the whole batch where no group of tokens that are routed together is larger than a row: a
+microbatch has every N-th row, so that larger groups would hold other rows, and what is not linear in
+tokens within a group (fractions times probabilities, squared variations, capacity) differs with them.
+Other than in the whole batch are also
+  - dropout, router noise, random experts and masked positions, which are drawn for each microbatch;
+  - what overflows a dropless layer's buffers (`buffer_factor`), which serve one microbatch at a time;
+  - what a task computes of `MoEReport.losses` by itself: it weighs as the targets do.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from moe_jax.layers.moe import MoE, MoEReport
-from moe_jax.models.definition import ModelDefinition, numbers_of
+from moe_jax.errors import UserError
+from moe_jax.layers.moe import LossShare, MoE, MoEReport, MoESums
+from moe_jax.models.definition import ModelDefinition, Tree, moe_modules, numbers_of
 from moe_jax.parallel.mesh import TOKEN_AXES
+from moe_jax.routing.assignment import Mean
 from moe_jax.routing.statistics import of_load
-from moe_jax.tasks.task import Batch
+from moe_jax.tasks.task import Batch, Metrics, Task
 
-# (parameters, rows, PRNG key) -> (gradients, metrics).
-GradientsOf = Callable[[Any, Batch, jax.Array], tuple[Any, dict[str, Any]]]
+# Index of a microbatch, and its rows.
+_Part = tuple[jax.Array, Batch]
+# Path of a MoE module -> name of a router loss -> an array over the module's layers.
+_OfLosses = dict[str, dict[str, jax.Array]]
 
 
-def mean_gradients(
-    gradients_of: GradientsOf, parameters: Any, batch: Batch, key: jax.Array, microbatches: int
-) -> tuple[Any, dict[str, Any]]:
-    """Gradients and metrics, averaged over microbatches.
+def accumulated_gradients(
+    definition: ModelDefinition,
+    task: Task,
+    parameters: Tree,
+    variables: Tree,
+    batch: Batch,
+    key: jax.Array,
+    microbatches: int,
+) -> tuple[Tree, Metrics, Tree]:
+    """Gradients, metrics and next variables of a batch, computed in N parts.
 
     Args:
-      gradients_of: of one microbatch.
-      parameters: of the model.
+      definition: the model.
+      task: one whose loss is `separable`.
+      parameters, variables: of the model, before the step.
       batch: arrays [B, ...].
       key: of the step; each microbatch gets another.
       microbatches: N, a divisor of B.
-    """
 
-    def one(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, dict[str, Any]]:
+    Raises:
+      UserError: the model's MoE modules and their reports do not belong together one by one, or the
+        model keeps variables that are no router's.
+    """
+    parts = (jnp.arange(microbatches), split_rows(batch, microbatches))
+    targets, counts = loss_counts(definition, task, parameters, variables, parts, key)
+    target_share = targets / jnp.where(targets.sum() > 0, targets.sum(), 1.0)
+    # What multiplies a microbatch's whole loss, of which the routers' shares are then cleared. A mean
+    # over no targets is 0, so that any factor will do that one can divide by.
+    factor = jnp.where(targets > 0, target_share, 1.0)
+    loss_shares = jax.tree.map(lambda count: (_shares(count).T / factor).T, counts)
+
+    def add(total: Tree, part: tuple[_Part, jax.Array, _OfLosses]) -> tuple[Tree, Metrics]:
         # Or else XLA gathers all parameters before the loop and holds them whole throughout (FSDP).
-        (index, rows), inside = jax.lax.optimization_barrier((part, parameters))
-        gradients, metrics = gradients_of(inside, rows, jax.random.fold_in(key, index))
+        part, inside = jax.lax.optimization_barrier((part, parameters))
+        (index, rows), factor, shares = part
+
+        def loss(parameters: Tree) -> tuple[jax.Array, Metrics]:
+            model = _accumulating(definition.merge(parameters, variables), shares)
+            with jax.named_scope("loss"):
+                value, metrics = task.training_loss(model, rows, jax.random.fold_in(key, index))
+            return factor * value, metrics
+
+        gradients, metrics = jax.grad(loss, has_aux=True)(inside)
         return jax.tree.map(jnp.add, total, gradients), metrics
 
-    parts = (jnp.arange(microbatches), split_rows(batch, microbatches))
-    total, metrics = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, parameters), parts)
-    gradients = jax.tree.map(lambda leaf: leaf / microbatches, total)
-    metrics = jax.tree.map(lambda leaf: leaf.mean(axis=0), metrics)
-    metrics["router"] = [_with_evenness(report) for report in metrics["router"]]
-    return gradients, metrics
+    start = jax.tree.map(jnp.zeros_like, parameters)
+    gradients, metrics = jax.lax.scan(add, start, (parts, factor, loss_shares))
+    reports = [_joined(report, factor) for report in metrics.pop("router")]
+    auxiliary = metrics.pop("auxiliary_loss")
+    metrics = {name: (value.T * target_share).sum(axis=-1) for name, value in metrics.items()}
+    metrics |= {"auxiliary_loss": (auxiliary * factor).sum(), "router": reports}
+    return gradients, metrics, _next_variables(definition, parameters, variables, reports)
 
 
 def split_rows(batch: Batch, microbatches: int) -> Batch:
@@ -68,52 +111,139 @@ def split_rows(batch: Batch, microbatches: int) -> Batch:
     return {name: split(rows) for name, rows in batch.items()}
 
 
-def moved_variables(
-    definition: ModelDefinition, parameters: Any, variables: Any, reports: list[MoEReport]
-) -> Any:
-    """Variables after a step, of routers whose state follows the load of the whole batch.
+def loss_counts(
+    definition: ModelDefinition,
+    task: Task,
+    parameters: Tree,
+    variables: Tree,
+    parts: _Part,
+    key: jax.Array,
+) -> tuple[jax.Array, _OfLosses]:
+    """What the losses of each microbatch are means over: counts of targets, and of router losses.
+
+    The model's pass is there for the latter only: where they follow from masks, as all of the
+    library's do, nothing else of it is left to be computed.
 
     Args:
-      definition: the model.
-      parameters, variables: before the step.
-      reports: of the whole batch, as in `Task.training_loss`.
+      parts: the microbatches, with a leading axis N.
+
+    Returns:
+      [N] float32; by module and loss, [N, layers] float32, empty where no router has a loss.
     """
+    modules = moe_modules(definition.merge(parameters, variables))
+    routers_have_losses = any(moe.config.router.loss_weights for moe in modules.values())
+
+    def count(part: _Part) -> tuple[jax.Array, _OfLosses]:
+        index, rows = part
+        inside = jax.random.fold_in(key, index)
+        targets = task.num_targets(rows, inside)
+        if not routers_have_losses:
+            return targets, {}
+        model = _accumulating(definition.merge(parameters, variables), {})
+        _, metrics = task.training_loss(model, rows, inside)
+        check_pairs(modules, metrics["router"])
+        return targets, {report.path: report.sums.loss_counts for report in metrics["router"]}
+
+    return jax.lax.map(count, parts)
+
+
+def check_pairs(modules: Mapping[str, MoE], reports: Sequence[MoEReport]) -> None:
+    """Checks that reports are of the modules, one of each, in any order.
+
+    Args:
+      modules: all of a model, see `moe_modules`.
+      reports: of a pass through it.
+
+    Raises:
+      UserError: a module has no report or several, or a report no module.
+    """
+    paths = [report.path for report in reports]
+    for path in paths:
+        if path not in modules or paths.count(path) > 1:
+            raise UserError(
+                f"microbatches is above 1, but the model's pass returns {paths.count(path)} reports of "
+                f"{path!r}, where it should return one of each MoE layer {list(modules)}; use "
+                "microbatches=1, or return the report of each layer once."
+            )
+    for path in modules:
+        if path not in paths:
+            raise UserError(
+                f"microbatches is above 1, but the model's pass returns no report of its MoE layer "
+                f"{path!r}; use microbatches=1, or return it."
+            )
+
+
+def _shares(counts: jax.Array) -> jax.Array:
+    """Of each microbatch, counts [N, ...]; below 1 they divide as `Mean.value` does."""
+    return jnp.maximum(counts, 1.0) / jnp.maximum(counts.sum(axis=0), 1.0)
+
+
+def _accumulating(model: nnx.Module, shares: _OfLosses) -> nnx.Module:
+    """The model, changed in place: its MoE modules report sums and know their shares of the losses."""
+    for path, moe in moe_modules(model).items():
+        moe.reports_sums = True
+        stacked = _stacked_shape(moe)
+        moe.loss_shares = nnx.data(
+            {
+                name: LossShare(share.reshape(stacked), axes=())
+                for name, share in shares.get(path, {}).items()
+            }
+        )
+    return model
+
+
+def _stacked_shape(moe: MoE) -> tuple[int, ...]:
+    """The dimensions of a module's parameters over the layers of which it is the stack; often one."""
+    weights: nnx.Param = vars(moe)["w_in"]
+    return weights.shape[: weights.ndim - len(weights.get_metadata()["axes"])]
+
+
+def _joined(report: MoEReport, factor: jax.Array) -> MoEReport:
+    """The report of the whole batch.
+
+    Args:
+      report: of the microbatches, with a leading axis N.
+      factor: [N], of each auxiliary loss.
+    """
+    sums = jax.tree.map(lambda values: values.sum(axis=0), report.sums)
+    # A count has an axis over layers, its total may have another one over experts.
+    value_of_layers = jax.vmap(Mean.value)
+    statistics = {name: value_of_layers(mean) for name, mean in sums.statistics.items()}
+    return dataclasses.replace(
+        report,
+        losses={name: value_of_layers(mean) for name, mean in sums.losses.items()},
+        statistics=statistics | of_load(statistics["load"]),
+        auxiliary_loss=jax.tree.map(
+            lambda losses: (losses.T * factor).sum(axis=-1), report.auxiliary_loss
+        ),
+        sums=MoESums(),
+    )
+
+
+def _next_variables(
+    definition: ModelDefinition, parameters: Tree, variables: Tree, reports: list[MoEReport]
+) -> Tree:
+    """Variables after a step, of routers whose state follows the load of the whole batch."""
     model = definition.merge(parameters, variables)
-    for moe, report in zip(moe_modules(model), reports, strict=True):
-        layers = len(report.statistics["load"])
-        old = {name: state[...] for name, state in moe.router_state.items()}
-        # A module that is not stacked has no axis over layers.
-        stacked = {
-            name: value.reshape(layers, *value.shape[value.ndim - _own_rank(moe, name) :])
-            for name, value in old.items()
+    modules = moe_modules(model)
+    followed = set()
+    check_pairs(modules, reports)
+    for report in reports:
+        path, moe = report.path, modules[report.path]
+        stacked = _stacked_shape(moe)
+        states = {
+            name: state[...].reshape(-1, *state.shape[len(stacked) :])
+            for name, state in moe.router_state.items()
         }
-        moved = jax.vmap(moe.config.router.next_state)(stacked, report.statistics)
-        for name, value in moved.items():
-            moe.router_state[name][...] = value.reshape(old[name].shape)
+        new = jax.vmap(moe.config.router.next_state)(states, report.statistics) if states else {}
+        for name, value in new.items():
+            moe.router_state[name][...] = value.reshape(moe.router_state[name].shape)
+            followed.add(f"{path}/router_state/{name}")
+    for keys, _ in jax.tree_util.tree_leaves_with_path(variables):
+        kept = "/".join(str(key.key) for key in keys)
+        if kept not in followed:
+            raise UserError(
+                f"microbatches is above 1, but the model keeps {kept}, which is not a router's state "
+                "and would not be renewed; use microbatches=1."
+            )
     return numbers_of(model)[1]
-
-
-def moe_modules(model: Any) -> list[MoE]:
-    """The model's MoE modules, in the order of its reports.
-
-    The order is that of paths, except that stacks come in the order in which the names of
-    `moe_layers`, such as `encoder/1`, begin with them.
-    """
-    stacks = list(dict.fromkeys(str(name).split("/")[0] for name in model.config.moe_layers))
-
-    def stack_of(item: tuple[tuple[Any, ...], MoE]) -> int:
-        attribute = str(item[0][0])
-        return next((i for i, name in enumerate(stacks) if attribute.startswith(name)), 0)
-
-    found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, MoE)]
-    return [module for _, module in sorted(found, key=stack_of)]
-
-
-def _own_rank(moe: MoE, name: str) -> int:
-    return len(moe.router_state[name].get_metadata()["axes"])
-
-
-def _with_evenness(report: MoEReport) -> MoEReport:
-    """Of the mean load, and not the mean of the microbatches'."""
-    statistics = report.statistics | of_load(report.statistics["load"])
-    return dataclasses.replace(report, statistics=statistics)

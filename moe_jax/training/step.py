@@ -1,23 +1,22 @@
 """One step of training, and one batch of evaluation: pure functions of arrays."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.models.definition import ModelDefinition, numbers_of
-from moe_jax.tasks.task import Batch, Sums
-from moe_jax.training.microbatches import mean_gradients, moved_variables
+from moe_jax.models.definition import ModelDefinition, Tree, numbers_of
+from moe_jax.tasks.task import Batch, Metrics, Sums, Task
+from moe_jax.training.microbatches import accumulated_gradients
 from moe_jax.training.state import TrainState
 
-TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]
+TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
 def train_step(
     definition: ModelDefinition,
-    task: Any,
+    task: Task,
     optimizer: optax.GradientTransformation,
     skip_nonfinite: bool,
     microbatches: int = 1,
@@ -29,44 +28,26 @@ def train_step(
 
     Args:
       definition: the model.
-      task: gives `training_loss(model, batch, key)`.
+      task: gives the loss.
       optimizer: optax transformation.
       skip_nonfinite: keep the old parameters where the loss or a gradient is not finite.
       microbatches: parts in which the batch's gradients are computed; 1 for the batch as a whole.
+
+    Raises:
+      UserError: the task's loss cannot be computed in parts.
     """
+    task.validate_microbatches(microbatches)
 
-    def step(
-        state: TrainState, batch: Batch, noise_key: jax.Array
-    ) -> tuple[TrainState, dict[str, Any]]:
+    def step(state: TrainState, batch: Batch, noise_key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(noise_key, state.step)
-
-        def gradients_of(
-            parameters: Any, rows: Batch, key: jax.Array
-        ) -> tuple[Any, dict[str, Any], Any]:
-            def loss(parameters: Any) -> tuple[jax.Array, tuple[dict[str, Any], Any]]:
-                model = definition.merge(parameters, state.variables)
-                with jax.named_scope("loss"):
-                    value, metrics = task.training_loss(model, rows, key)
-                return value, (metrics, numbers_of(model)[1])
-
-            gradients, (metrics, variables) = jax.grad(loss, has_aux=True)(parameters)
-            return gradients, metrics, variables
-
         if microbatches == 1:
-            gradients, metrics, variables = gradients_of(state.parameters, batch, key)
-        else:
-            gradients, metrics = mean_gradients(
-                lambda *arguments: gradients_of(*arguments)[:2],
-                state.parameters,
-                batch,
-                key,
-                microbatches,
+            gradients, metrics, variables = _gradients(
+                definition, task, state.parameters, state.variables, batch, key
             )
-            variables = state.variables
-            if variables:
-                variables = moved_variables(
-                    definition, state.parameters, variables, metrics["router"]
-                )
+        else:
+            gradients, metrics, variables = accumulated_gradients(
+                definition, task, state.parameters, state.variables, batch, key, microbatches
+            )
         with jax.named_scope("optimizer"):
             gradient_norm = optax.tree_utils.tree_norm(gradients)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
@@ -86,17 +67,37 @@ def train_step(
     return step
 
 
+def _gradients(
+    definition: ModelDefinition,
+    task: Task,
+    parameters: Tree,
+    variables: Tree,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[Tree, Metrics, Tree]:
+    """Gradients and metrics of a batch as a whole, and the variables that its pass leaves."""
+
+    def loss(parameters: Tree) -> tuple[jax.Array, tuple[Metrics, Tree]]:
+        model = definition.merge(parameters, variables)
+        with jax.named_scope("loss"):
+            value, metrics = task.training_loss(model, batch, key)
+        return value, (metrics, numbers_of(model)[1])
+
+    gradients, (metrics, variables) = jax.grad(loss, has_aux=True)(parameters)
+    return gradients, metrics, variables
+
+
 def noise_key(seed: int) -> jax.Array:
     """Key of all dropout and router noise; another one than the parameters are drawn with."""
     return jax.random.fold_in(jax.random.key(seed), 1)
 
 
 def evaluation_step(
-    definition: ModelDefinition, task: Any, num_domains: int
-) -> Callable[[Any, Any, Batch], Sums]:
+    definition: ModelDefinition, task: Task, num_domains: int
+) -> Callable[[Tree, Tree, Batch], Sums]:
     """Makes (parameters, variables, batch) -> name of a metric -> ([D] sum, [D] count)."""
 
-    def step(parameters: Any, variables: Any, batch: Batch) -> Sums:
+    def step(parameters: Tree, variables: Tree, batch: Batch) -> Sums:
         return task.evaluation_sums(definition.merge(parameters, variables), batch, num_domains)
 
     return step

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,16 +8,16 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.analysis.hlo import Program
-from moe_jax.layers.moe import MoEConfig
+from moe_jax.errors import UserError
+from moe_jax.layers.embedding import TokenEmbedding
+from moe_jax.layers.moe import MoEConfig, TokenInfo
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.models.definition import ModelDefinition
-from moe_jax.models.encoder_decoder import EncoderDecoderConfig
-from moe_jax.models.stack import StackConfig
+from moe_jax.models.stack import Stack, StackConfig, StackContext
 from moe_jax.parallel.mesh import TOKEN_AXES, MeshConfig, make_mesh
 from moe_jax.routing.deepseek import DeepSeekV3
-from moe_jax.routing.token_choice import TopK
 from moe_jax.tasks.language_modeling import LanguageModeling
-from moe_jax.training.microbatches import moe_modules, split_rows
+from moe_jax.training.microbatches import split_rows
 from moe_jax.training.optimizers import SGD
 from moe_jax.training.state import initial_state, state_shardings
 from moe_jax.training.step import noise_key, train_step
@@ -36,6 +38,10 @@ def model_config(moe_every, moe=None):
         moe_every=moe_every,
         moe=moe or MoEConfig(),
     )
+
+
+def biased():
+    return DeepSeekV3(k=1, groups=1, groups_per_token=1, bias_rate=1e-3)
 
 
 def batch_of(rows):
@@ -85,8 +91,7 @@ def test_four_parts_of_a_dense_models_batch_are_the_batch_in_less_memory():
 
 def test_four_parts_of_a_moes_batch_are_the_batch_on_a_mesh():
     """Groups are rows, and the expert bias moves once, by the load of all parts."""
-    router = DeepSeekV3(k=1, groups=1, groups_per_token=1, bias_rate=1e-3)
-    config = model_config(2, MoEConfig(router=router, group_size=LENGTH))
+    config = model_config(2, MoEConfig(router=biased(), group_size=LENGTH))
     mesh = MeshConfig(data=2, expert=4)
     whole, parts = (Steps(config, mesh, 32, n) for n in (1, 4))
     (state, metrics), (expected, expected_metrics) = parts.two(), whole.two()
@@ -111,15 +116,87 @@ def test_rows_stay_where_they_are():
     assert not Program(compiled.as_text()).collectives()
 
 
-def test_modules_come_in_the_order_of_the_reports():
-    """An encoder's before a decoder's, though attributes are sorted by name."""
+@dataclasses.dataclass
+class TwoTowersConfig:
+    """A model that the library does not know."""
 
-    def stack(num_layers, k):
-        return StackConfig(
-            num_layers=num_layers, width=8, num_experts=4, moe=MoEConfig(router=TopK(k=k))
-        )
+    tower: StackConfig
+    model: type[nnx.Module]
 
-    config = EncoderDecoderConfig(encoder=stack(4, 1), decoder=stack(2, 2))
-    assert config.moe_layers == ["encoder/1", "encoder/3", "decoder/1"]
-    model = nnx.eval_shape(lambda: config.build(jax.random.key(0)))
-    assert [module.config.router.k for module in moe_modules(model)] == [1, 2]
+    @property
+    def moe_layers(self):
+        return ["odd/0", "rest/0"]
+
+    def build(self, key):
+        return self.model(self, key)
+
+
+class TwoTowers(nnx.Module):
+    """One tower reads what is odd in token ids, one the rest.
+
+    Attributes sort as a_tower, z_tower; reports come z_tower's first; the layers' names begin with
+    neither.
+    """
+
+    def __init__(self, config, key):
+        self.config = nnx.static(config)
+        config = config.tower
+        keys = jax.random.split(key, 3)
+        self.tokens = TokenEmbedding(config.vocab_size, config.width, 1.0, keys[0], tied=True)
+        self.z_tower, self.a_tower = (Stack(config, k, causal=True) for k in keys[1:])
+
+    def __call__(self, tokens, mask, mode, key):
+        info = TokenInfo.of(tokens)
+        sum_of_towers, reports = 0.0, []
+        for tower, ids in ((self.z_tower, tokens % 2), (self.a_tower, tokens // 2)):
+            x, of_tower, _ = tower(self.tokens(ids, jnp.float32), StackContext(info), mode, key)
+            sum_of_towers += x
+            reports += of_tower
+        return self.tokens.logits(sum_of_towers), reports, None
+
+
+class ForgetsATower(TwoTowers):
+    def __call__(self, tokens, mask, mode, key):
+        logits, reports, cache = super().__call__(tokens, mask, mode, key)
+        return logits, reports[:1], cache
+
+
+class ReportsOneTwice(TwoTowers):
+    def __call__(self, tokens, mask, mode, key):
+        logits, reports, cache = super().__call__(tokens, mask, mode, key)
+        return logits, reports[:1] * 2, cache
+
+
+class Counts(TwoTowers):
+    def __init__(self, config, key):
+        super().__init__(config, key)
+        self.steps = nnx.BatchStat(jnp.zeros(1), axes=("norm",))
+
+
+def two_towers(model=TwoTowers):
+    moe = MoEConfig(router=biased(), group_size=LENGTH)
+    return TwoTowersConfig(dataclasses.replace(model_config(1, moe), num_layers=1), model)
+
+
+def test_each_router_follows_the_load_of_its_own_module():
+    """Whatever attributes are called and in whatever order they report."""
+    whole, parts = (Steps(two_towers(), MeshConfig(), 16, n) for n in (1, 4))
+    (state, metrics), (expected, expected_metrics) = parts.two(), whole.two()
+    assert_equal_trees(state.variables, expected.variables, 0.0)
+    biases = jax.tree.leaves(state.variables)
+    assert len(biases) == 2
+    assert np.abs(biases[0] - biases[1]).max() > 1e-3
+    assert_equal_trees(metrics["router"], expected_metrics["router"], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (ForgetsATower, "no report of its MoE layer 'a_tower/stages/0/blocks/0/mlp'"),
+        (ReportsOneTwice, "2 reports of 'z_tower/stages/0/blocks/0/mlp'"),
+        (Counts, "the model keeps steps, which is not a router's state"),
+    ],
+)
+def test_what_cannot_be_paired_is_an_error(model, message):
+    with pytest.raises(UserError, match=message):
+        Steps(two_towers(model), MeshConfig(), 16, 4)
