@@ -1,8 +1,9 @@
 """The first losses are those that were recorded: bit for bit where this machine was.
 
-Elsewhere numbers are added in another order. Nearly all losses then agree to 1e-7, but where two experts
-are as good as equal for a token, it may go to the other one, and that step's loss differs (by 2e-4 in
-one step of the quickstart's 20 between JAX 0.10 and 0.12, and by less than 1e-5 in the next).
+Another processor adds in another order: the losses agree to 2e-7 (tried with AVX2 for AVX-512). Another
+version of JAX draws other parameters, by their last bits, and where two experts are as good as equal for
+a token, it may go to the other one: that step's loss differs (by 2e-4 in one step of the quickstart's
+20 between JAX 0.10 and 0.12), the next do not.
 """
 
 import json
@@ -16,14 +17,18 @@ import pytest
 
 from tests.first_losses.record import CONFIGS, RECORDS, STEPS, machine
 
-TOLERANCE = 1e-5  # Relative, of all losses but these:
+TOLERANCE = 1e-5  # Relative; between versions of JAX, of all losses but these:
 MOST_OTHERS, TOLERANCE_OF_OTHERS = 3, 1e-3
+
+
+def version_of(name: str) -> str:
+    """Of JAX, from the name of a record."""
+    return name.rpartition("jax ")[2]
 
 
 def record_for(wanted: str, recorded: list[str]) -> str:
     """The record to compare with: this machine's, or one with its JAX, or any."""
-    version = wanted.rpartition("jax ")[2]
-    of_version = [name for name in recorded if name.rpartition("jax ")[2] == version]
+    of_version = [name for name in recorded if version_of(name) == version_of(wanted)]
     return next(iter([name for name in recorded if name == wanted] + of_version + recorded))
 
 
@@ -55,7 +60,8 @@ def test_losses_and_parameters_are_those_recorded(name, computed):
     )
     assert len(losses) == STEPS
     errors = np.abs(losses / expected - 1)
-    assert np.count_nonzero(errors > TOLERANCE) <= MOST_OTHERS, (chosen, errors)
+    others = 0 if version_of(chosen) == version_of(machine()) else MOST_OTHERS
+    assert np.count_nonzero(errors > TOLERANCE) <= others, (chosen, errors)
     assert errors.max() < TOLERANCE_OF_OTHERS, (chosen, errors)
     if chosen == machine():
         assert got == want
