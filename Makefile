@@ -5,6 +5,8 @@
 #   make reproduce                  claims of papers, each brought to a verdict: hours, resumable
 #   make test                       install the test extra, then ruff, mypy and every unmarked test
 #   make test PYTHON=python3.12     the same in an environment of that interpreter's own
+#   make test-fast                  the tests of routing, dispatch and layers, for after each edit: 2 minutes
+#   make test-first-losses          the first 20 losses of small runs against those recorded
 #   make test-slow                  the tests marked `slow` (random kills over a long run)
 #   make test-layouts               every mesh, transport, router and dispatch against the serial layer
 #   make test-routers                every router class trains a small model on real text
@@ -23,8 +25,10 @@ VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 # A constraints file pins every version and leaves the choice of extras to setup.py.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requirements.lock
+# Files are given out in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install install-test quickstart reproduce test test-slow test-layouts test-routers test-all-routers test-parity test-tpu test-pods test-wheel lint lock clean
+.PHONY: install install-test quickstart reproduce test test-fast test-first-losses test-slow test-layouts test-routers test-all-routers test-parity test-tpu test-pods test-wheel lint lock clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -58,7 +62,16 @@ lint: install-test
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) --ignore=tests/first_losses
+
+# Without what runs one layer on many meshes.
+test-fast: install-test
+	$(PYTEST) tests/layers tests/dispatch tests/routing tests/test_special_functions.py \
+	  --ignore=tests/layers/test_layouts.py --ignore=tests/layers/test_moe_routers.py --ignore=tests/layers/test_moe_communication.py
+
+# Compiled as users compile: the tests' settings would change the last bits.
+test-first-losses: install-test
+	$(BIN)/python -m pytest tests/first_losses
 
 test-slow: install-test
 	$(BIN)/python -m pytest -m slow

@@ -72,7 +72,8 @@ def test_device_limited_routing_bounds_messages():
     parameters = router.init(jax.random.key(1), 8, 12) | router.init_state(12)
     numbers, key = jnp.arange(count), jax.random.key(2)
     inputs = RouterInputs(x, numbers >= 0, numbers, numbers, 0 * numbers, key, key, train=True)
-    chosen = np.asarray(router.route(parameters, inputs, 12, count).assignment.experts)
+    route = jax.jit(lambda inputs: router.route(parameters, inputs, 12, count))
+    chosen = np.asarray(route(inputs).assignment.experts)
     owners = np.asarray(tokens_of(chosen).owners(3, 4))
     assert (owners < 4).sum(axis=1).max() == 2
 

@@ -2,6 +2,7 @@
 
     python -m tests.first_losses.record --batches     writes batches.npz, from the prepared datasets
     python -m tests.first_losses.record               writes the losses of this machine
+    python -m tests.first_losses.record --print       prints them as JSON and writes nothing
 
 The batches are committed, so that the losses depend on no dataset: what is recorded is what the model,
 the optimizer and the randomness compute. Losses are kept as hexadecimal floats; the parameters as one
@@ -111,8 +112,12 @@ def main() -> None:
     if "--batches" in sys.argv:
         write_batches()
         return
+    found = {name: first_losses(name) for name in CONFIGS}
+    if "--print" in sys.argv:
+        print(json.dumps(found))
+        return
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
-    records[machine()] = {name: first_losses(name) for name in CONFIGS}
+    records[machine()] = found
     RECORDS.write_text(json.dumps(records, indent=1) + "\n")
 
 

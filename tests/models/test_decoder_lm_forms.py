@@ -113,8 +113,11 @@ def test_positions_are_known(name, tokens):
     config = dataclasses.replace(BASE, attention=MultiHead(positions=Positions.NONE))
     config = config if name == "none" else config_of(name)
     config = dataclasses.replace(config, num_layers=1, moe_at=(0,))
-    model = jax.jit(lambda: config.build(jax.random.key(0)))()
-    predict = jax.jit(lambda t: model(t, None, Mode.DECODE)[0][:, -1])
+
+    @jax.jit  # Drawn in the same program: one to compile for each form.
+    def predict(tokens):
+        return config.build(jax.random.key(0))(tokens, None, Mode.DECODE)[0][:, -1]
+
     difference = np.abs(predict(tokens[:, [1, 0, *range(2, L)]]) - predict(tokens)).max()
     assert (difference > 1e-4) == (name != "none")
 

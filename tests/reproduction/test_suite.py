@@ -1,29 +1,24 @@
 """Tiny runs with a planted effect: verdicts, a suite that is killed, a run that fails."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
 
-import jax
 import pytest
+
+from tests.scripts import environment
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def start(data_dir: str, workdir: pathlib.Path) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    }
+    own = environment() | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(ROOT / "tests/reproduction/planted.py"), data_dir, str(workdir)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=own, stdout=pipe, stderr=pipe, text=True)
 
 
 def finished_runs(workdir: pathlib.Path) -> dict[pathlib.Path, int]:

@@ -1,4 +1,7 @@
-"""Claims that every router of the library must keep: causality, padding, capacity, sums of gates."""
+"""Claims that every router of the library must keep: causality, padding, capacity, sums of gates.
+
+Groups under vmap, gradients, and gradients at exact balance are in tests/layers/test_inside_shard_map.py.
+"""
 
 import dataclasses
 import functools
@@ -339,46 +342,6 @@ def test_one_token_and_tokens_that_are_all_alike(entry, tokens):
         experts, slots = np.asarray(route.assignment.experts), np.asarray(route.assignment.slots)
         held = experts[slots == 0]
         assert len(held) and len(set(held)) == len(held), "one slot, one token"
-
-
-@pytest.mark.parametrize("entry", OF_EACH_CLASS, ids=lambda entry: entry.name)
-def test_groups_under_vmap_equal_groups_one_by_one(entry):
-    index = ENTRIES.index(entry)
-    everything = jnp.ones(S, bool)
-
-    @jax.jit
-    @jax.vmap
-    def together(x):
-        return route(index, TIGHT, True, parameters(index), x, jnp.asarray(IDS), everything)
-
-    groups = [vectors(S, D, seed) for seed in range(2)]
-    parameters(index)  # Made outside of the trace.
-    stacked = together(jnp.stack(groups))
-    for i, x in enumerate(groups):
-        one = routed(entry, TIGHT, True, x)
-        jax.tree.map(
-            lambda got, want, i=i: np.testing.assert_allclose(got[i], want, rtol=1e-4, atol=1e-6),
-            stacked,
-            one,
-        )
-
-
-# Gradients
-
-
-@EVERY
-def test_gradients_are_finite_at_exact_balance(entry):
-    """All parameters 0: every expert is equally probable."""
-    zeros = jax.tree.map(jnp.zeros_like, parameters(ENTRIES.index(entry)))
-
-    def total(parameters, x):
-        inputs = group(x, token_ids=IDS, sequence_ids=SEQUENCES)
-        route = entry.router.route(parameters, inputs, E, S)
-        values = sum(mean.value() for mean in route.losses.values())
-        return values + output(route.assignment, x).sum()
-
-    for gradient in jax.tree.leaves(jax.jit(jax.grad(total, argnums=(0, 1)))(zeros, vectors(S, D))):
-        assert np.isfinite(gradient).all()
 
 
 @EVERY
