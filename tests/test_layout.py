@@ -73,12 +73,11 @@ def test_readme_commands_name_targets_scripts_flags_and_fields_that_exist():
         program, *words = command.split("#")[0].split()
         if program == "make":
             assert re.search(rf"^{words[0]}:", makefile, flags=re.MULTILINE), command
-        elif program == "python" and words[0] == "-m":
+        elif program == ".venv/bin/python" and words[0] == "-m":
             assert (ROOT / words[1].replace(".", "/")).with_suffix(".py").exists(), command
-        elif program == "python":
-            check_script(ROOT / words[0], command)
         else:
-            assert command == "source .venv/bin/activate"
+            assert program == ".venv/bin/python", command
+            check_script(ROOT / words[0], command)
 
 
 def check_script(path: pathlib.Path, command: str) -> None:

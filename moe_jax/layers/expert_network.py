@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.dispatch.interface import Network, Product
-from moe_jax.layers.feed_forward import Activation, FeedForwardForm, HiddenBias
+from moe_jax.layers.feed_forward import FeedForwardForm, HiddenBias
 from moe_jax.parallel.mesh import MODEL
 
 
@@ -22,29 +22,21 @@ class FeedForwardExpert:
     the sum over `model` has it once.
 
     Attributes:
+      form: activation, gate and biases.
       dropout_rate: between the two products.
-      activation, gated, bias, hidden_bias: see `FeedForwardForm`.
     """
 
+    form: FeedForwardForm
     dropout_rate: float
-    activation: Activation = Activation.RELU
-    gated: bool = False
-    bias: bool = False
-    hidden_bias: HiddenBias = HiddenBias.NONE
-
-    @classmethod
-    def of(cls, form: FeedForwardForm, dropout_rate: float) -> "FeedForwardExpert":
-        """The network of a config's form, which cannot be hashed itself."""
-        return cls(dropout_rate, form.activation, form.gated, form.bias, form.hidden_bias)
 
     def up(
         self, weights: dict[str, jax.Array], rows: jax.Array, product: Product
     ) -> dict[str, jax.Array]:
         """[..., d] to what the activation is applied to, and the gated half: [..., f/model] each."""
         hidden = {}
-        for name in ("in", "gate") if self.gated else ("in",):
+        for name in ("in", "gate") if self.form.gated else ("in",):
             hidden[name] = product(rows, weights[f"w_{name}"])
-            if self.bias:
+            if self.form.bias:
                 hidden[name] += _of_each_row(weights[f"b_{name}"], rows, product)
         return hidden
 
@@ -56,19 +48,17 @@ class FeedForwardExpert:
         product: Product,
     ) -> jax.Array:
         """[..., f/model] to [..., d]."""
-        if self.gated:
-            active = self.activation(hidden["gate"]) * hidden["in"]
+        if self.form.gated:
+            active = self.form.activation(hidden["gate"]) * hidden["in"]
         else:
-            active = self.activation(hidden["in"])
-        if self.hidden_bias != HiddenBias.NONE:
-            form = FeedForwardForm(hidden_bias=self.hidden_bias)
-            active = form.with_hidden_bias(
-                active, _of_each_row(weights["b_hidden"], active, product)
-            )
+            active = self.form.activation(hidden["in"])
+        if self.form.hidden_bias != HiddenBias.NONE:
+            bias = _of_each_row(weights["b_hidden"], active, product)
+            active = self.form.with_hidden_bias(active, bias)
         if keys is not None:
             active = _dropout(active, self.dropout_rate, keys)
         y = product(active, weights["w_out"])
-        return y + _of_each_row(weights["b_out"], active, product) if self.bias else y
+        return y + _of_each_row(weights["b_out"], active, product) if self.form.bias else y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +100,7 @@ class ResidualExpert:
 
 def expert_network(form: FeedForwardForm, layers: int, dropout_rate: float) -> Network:
     """The network that a MoE's config asks for."""
-    one = FeedForwardExpert.of(form, dropout_rate)
+    one = FeedForwardExpert(form, dropout_rate)
     return one if layers == 1 else ResidualExpert(one, layers)
 
 

@@ -14,10 +14,12 @@ from moe_jax.layers.attention import CacheView
 from moe_jax.layers.dropout import dropout
 from moe_jax.layers.embedding import EmbeddingScaling, LearnedPositions, TokenEmbedding, check_tied
 from moe_jax.layers.mode import Mode
-from moe_jax.layers.moe import MoEReport, TokenInfo
+from moe_jax.layers.moe import MoEReport
 from moe_jax.layers.normalization import make_norm
+from moe_jax.models.blocks import Pass
 from moe_jax.models.interface import ModelConfig
-from moe_jax.models.stack import Stack, StackCache, StackConfig, StackContext
+from moe_jax.models.sequences import check_length, check_no_leak, token_info
+from moe_jax.models.stack import Stack, StackCache, StackConfig
 from moe_jax.parallel.sharding import constrain
 
 
@@ -57,13 +59,9 @@ class DecoderLMConfig(StackConfig, ModelConfig):
                 raise UserError(f"{path}.{name} is {getattr(self, name)}; it must be at least 1.")
         super().validate(path)
         check_tied(self.embedding_scaling, self.tied)
-        leak = self.moe.router.leak
-        if self.sparse and leak and not self.bidirectional and not self.accept_leak:
-            raise UserError(
-                f"{path}.moe.router is {type(self.moe.router).__name__}, with which a decoder would "
-                f"look ahead: {leak}; use a causal router or order of service, a bidirectional "
-                f"model, or accept it with {path}.accept_leak=true."
-            )
+        if self.sparse and not self.bidirectional and not self.accept_leak:
+            remedies = f", a bidirectional model, or accept it with {path}.accept_leak=true"
+            check_no_leak(self.moe.router, f"{path}.moe.router", remedies)
 
     def build(self, key: jax.Array) -> "DecoderLM":
         """Creates the model with freshly drawn parameters."""
@@ -89,6 +87,11 @@ class Cache:
     def of(cls, stack: StackCache, batch: int, length: int) -> "Cache":
         """Nothing filled yet: B rows of M positions."""
         return cls(stack, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
+
+    @property
+    def lengths(self) -> jax.Array:
+        """[B] int32, real tokens so far."""
+        return self.filled.sum(axis=1, dtype=jnp.int32)
 
     def view(self, mask: jax.Array) -> CacheView:
         """For a call with tokens of which [B, L] bool are real."""
@@ -151,11 +154,7 @@ class DecoderLM(nnx.Module):
         config: DecoderLMConfig = self.config
         dtype = jnp.dtype(config.dtype)
         length = tokens.shape[1] if cache is None else cache.filled.shape[1]
-        if length > config.max_length:
-            raise UserError(
-                f"model.max_length is {config.max_length}, but a sequence has {length} tokens; "
-                "raise it or shorten the sequence."
-            )
+        check_length(length, config.max_length)
         if config.bidirectional and mode == Mode.DECODE:
             raise UserError(
                 "model.bidirectional is true, and such a model cannot generate token by token; use "
@@ -163,7 +162,7 @@ class DecoderLM(nnx.Module):
             )
         padding = mask
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        info = token_info(tokens, mask, cache)
+        info = token_info(tokens, mask, None if cache is None else cache.lengths)
         view = None if cache is None else cache.view(mask)
         embed_key, stack_key = (None,) * 2 if key is None else jax.random.split(key)
 
@@ -171,10 +170,8 @@ class DecoderLM(nnx.Module):
         if self.positions is not None:
             x = x + self.positions(info.positions, dtype)
         x = dropout(constrain(x, "batch", "length", "width"), config.dropout, embed_key)
-        context = StackContext(info, padding, view)
-        x, reports, layers = self.stack(
-            x, context, mode, stack_key, None if cache is None else cache.stack
-        )
+        this_pass = Pass(info, mode, stack_key, padding, view)
+        x, reports, layers = self.stack(x, this_pass, None if cache is None else cache.stack)
         if cache is not None and view is not None and layers is not None:
             cache = cache.after(layers, view, tokens.shape[1])
         return self.tokens.logits(self.norm(x)), reports, cache
@@ -182,17 +179,3 @@ class DecoderLM(nnx.Module):
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `batch` sequences of up to `length` tokens, padding included."""
         return Cache.of(self.stack.empty_cache(batch, length), batch, length)
-
-
-def token_info(tokens: jax.Array, mask: jax.Array, cache: Cache | None) -> TokenInfo:
-    """Positions count real tokens only, so that left padding changes nothing.
-
-    Args:
-      tokens: [B, L] int32.
-      mask: [B, L] bool, False for padding.
-      cache: of the tokens before them.
-    """
-    before = 0 if cache is None else cache.filled.sum(axis=1, keepdims=True, dtype=jnp.int32)
-    positions = jnp.maximum(before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
-    return TokenInfo(mask, tokens, positions, jnp.broadcast_to(rows, tokens.shape))

@@ -16,9 +16,11 @@ from moe_jax.layers.embedding import EmbeddingScaling, TokenEmbedding, check_tie
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEReport
 from moe_jax.layers.normalization import make_norm
-from moe_jax.models.decoder_lm import Cache, token_info
+from moe_jax.models.blocks import Pass
+from moe_jax.models.decoder_lm import Cache
 from moe_jax.models.interface import ModelConfig
-from moe_jax.models.stack import Stack, StackConfig, StackContext
+from moe_jax.models.sequences import check_no_leak, token_info
+from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.parallel.sharding import constrain
 
 
@@ -90,13 +92,9 @@ class EncoderDecoderConfig(ModelConfig):
                     "decoder reads the encoder's output; make them equal."
                 )
         check_tied(self.embedding_scaling, self.tied)
-        router = self.decoder.moe.router
-        if self.decoder.sparse and router.leak and not self.accept_leak:
-            raise UserError(
-                f"{path}.decoder.moe.router is {type(router).__name__}, with which a decoder would "
-                f"look ahead: {router.leak}; use a causal router or order of service, or accept it "
-                f"with {path}.accept_leak=true."
-            )
+        if self.decoder.sparse and not self.accept_leak:
+            remedies = f", or accept it with {path}.accept_leak=true"
+            check_no_leak(self.decoder.moe.router, f"{path}.decoder.moe.router", remedies)
 
     def build(self, key: jax.Array) -> "EncoderDecoder":
         """Creates the model with freshly drawn parameters."""
@@ -185,8 +183,8 @@ class EncoderDecoder(nnx.Module):
         rate = self.config.encoder.dropout
         embed_key, stack_key, out_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = self._embedded(self.inputs, inputs, rate, embed_key)
-        info = token_info(inputs, jnp.ones(inputs.shape, bool) if mask is None else mask, None)
-        x, reports, _ = self.encoder(x, StackContext(info, mask), mode, stack_key)
+        info = token_info(inputs, jnp.ones(inputs.shape, bool) if mask is None else mask)
+        x, reports, _ = self.encoder(x, Pass(info, mode, stack_key, mask))
         return dropout(self.encoder_norm(x), rate, out_key), reports
 
     @jax.named_scope("decoder")
@@ -219,12 +217,10 @@ class EncoderDecoder(nnx.Module):
         table = self.inputs if self.targets is None else self.targets
         x = self._embedded(table, targets, rate, embed_key)
         real = jnp.ones(targets.shape, bool) if mask is None else mask
-        info = token_info(targets, real, cache)
+        info = token_info(targets, real, None if cache is None else cache.lengths)
         view = None if cache is None else cache.view(real)
-        context = StackContext(info, mask, view, memory, memory_mask)
-        x, reports, layers = self.decoder(
-            x, context, mode, stack_key, None if cache is None else cache.stack
-        )
+        this_pass = Pass(info, mode, stack_key, mask, view, memory, memory_mask)
+        x, reports, layers = self.decoder(x, this_pass, None if cache is None else cache.stack)
         if cache is not None and view is not None and layers is not None:
             cache = cache.after(layers, view, targets.shape[1])
         return table.logits(dropout(self.decoder_norm(x), rate, out_key)), reports, cache

@@ -21,6 +21,7 @@ from moe_jax.layers.lstm import LSTM, LSTMState
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, MoEReport, RouterState, TokenInfo
 from moe_jax.models.interface import ModelConfig
+from moe_jax.models.sequences import check_length, check_no_leak, token_info
 from moe_jax.models.stack import ComputeDtype
 from moe_jax.parallel.sharding import constrain
 from moe_jax.routing.noisy_top_k import NoisyTopK
@@ -117,20 +118,11 @@ class RecurrentLMConfig(ModelConfig):
             raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1).")
         if self.sparse:
             self.moe.validate(self.num_experts)
-            check_causal(self.moe)
+            check_no_leak(self.moe.router, "model.moe.router")
 
     def build(self, key: jax.Array) -> "RecurrentLM":
         """Creates the model with freshly drawn parameters."""
         return RecurrentLM(self, key)
-
-
-def check_causal(moe: MoEConfig) -> None:
-    """Raises UserError for a router that shows a decoder later tokens."""
-    if moe.router.leak:
-        raise UserError(
-            f"model.moe.router is {type(moe.router).__name__}, with which a decoder would look ahead: "
-            f"{moe.router.leak}; use a causal router or order of service."
-        )
 
 
 class ReLUNetwork(nnx.Module):
@@ -323,26 +315,3 @@ class RecurrentLM(nnx.Module):
         check_length(length, config.max_length)
         states = [lstm.empty_state(batch, jnp.dtype(config.dtype)) for lstm in self.lstms]
         return RecurrentCache(states, jnp.zeros((batch,), jnp.int32))
-
-
-def check_length(length: int, max_length: int) -> None:
-    """Raises UserError for a sequence that is too long."""
-    if length > max_length:
-        raise UserError(
-            f"model.max_length is {max_length}, but a sequence has {length} tokens; raise it or "
-            "shorten the sequence."
-        )
-
-
-def token_info(tokens: jax.Array, mask: jax.Array, lengths: jax.Array | None) -> TokenInfo:
-    """Positions count real tokens only, so that left padding changes nothing.
-
-    Args:
-      tokens: [B, L] int32.
-      mask: [B, L] bool, False for padding.
-      lengths: [B] int32, real tokens before these; None for none.
-    """
-    before = 0 if lengths is None else lengths[:, None]
-    positions = jnp.maximum(before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
-    return TokenInfo(mask, tokens, positions, jnp.broadcast_to(rows, tokens.shape))

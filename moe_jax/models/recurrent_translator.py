@@ -21,7 +21,8 @@ from moe_jax.layers.lstm import LSTM, LSTMState
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig, MoEReport
 from moe_jax.models.interface import ModelConfig
-from moe_jax.models.recurrent_lm import SigmoidMoE, check_causal, token_info
+from moe_jax.models.recurrent_lm import SigmoidMoE
+from moe_jax.models.sequences import check_no_leak, token_info
 from moe_jax.models.stack import ComputeDtype
 from moe_jax.parallel.sharding import constrain
 from moe_jax.routing.noisy_top_k import NoisyTopK
@@ -110,7 +111,7 @@ class RecurrentTranslatorConfig(ModelConfig):
             raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1).")
         if self.sparse:
             self.moe.validate(self.num_experts)
-            check_causal(self.moe)
+            check_no_leak(self.moe.router, "model.moe.router")
 
     def build(self, key: jax.Array) -> "RecurrentTranslator":
         """Creates the model with freshly drawn parameters."""
@@ -342,7 +343,7 @@ class RecurrentTranslator(nnx.Module):
         x = x + dropout(there, config.dropout, keys[1]) + dropout(back, config.dropout, keys[2])
         reports = []
         if self.encoder_moe is not None:
-            x, report = self.encoder_moe(x, token_info(inputs, mask, None), mode, keys[3])
+            x, report = self.encoder_moe(x, token_info(inputs, mask), mode, keys[3])
             reports.append(report)
         y, _ = self.encoder(x, mask)
         return x + dropout(y, config.dropout, keys[4]), reports

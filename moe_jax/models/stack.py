@@ -22,20 +22,16 @@ from moe_jax.component import Component
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import (
     AttentionConfig,
-    AttentionInputs,
-    CacheView,
     KeyValues,
     MultiHead,
 )
-from moe_jax.layers.cross_attention import CrossAttention
-from moe_jax.layers.dropout import dropout
-from moe_jax.layers.feed_forward import FeedForward, FeedForwardForm
+from moe_jax.layers.feed_forward import FeedForwardForm
 from moe_jax.layers.initializers import Deviation, Scale
 from moe_jax.layers.mode import Mode
-from moe_jax.layers.moe import MoE, MoEConfig, MoEReport, RouterState, TokenInfo
-from moe_jax.layers.normalization import Norm, make_norm
+from moe_jax.layers.moe import MoEConfig, MoEReport, RouterState
+from moe_jax.layers.normalization import Norm
 from moe_jax.layers.positions import RelativeBias
-from moe_jax.parallel.sharding import constrain
+from moe_jax.models.blocks import Block, BlockCache, BlockForm, Pass, PreNorm, SparseDense
 
 
 class ComputeDtype(enum.StrEnum):
@@ -51,17 +47,6 @@ class Remat(enum.StrEnum):
     NONE = "none"
     DOTS = "dots"
     FULL = "full"
-
-
-class SparseDense(enum.StrEnum):
-    """Where a MoE block has a dense feed-forward layer besides: nowhere, before or after the MoE.
-
-    ST-MoE section 4.3 and Table 16, "sparse-dense block"; the layer has its own norm and residual.
-    """
-
-    NONE = "none"
-    BEFORE = "before"
-    AFTER = "after"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +128,7 @@ class StackConfig(Component):
       dtype: compute dtype.
       remat: what to recompute in the backward pass.
       unroll: unroll the loop over periods (longer compilation; exact FLOP counts by XLA).
+      block: how sub-layers make a block: `PreNorm`, `Parallel`, or a `BlockForm` of one's own.
     """
 
     num_layers: int = 4
@@ -167,6 +153,7 @@ class StackConfig(Component):
     dtype: ComputeDtype = ComputeDtype.FLOAT32
     remat: Remat = Remat.NONE
     unroll: bool = False
+    block: BlockForm = dataclasses.field(default_factory=PreNorm)
 
     @property
     def sparse(self) -> bool:
@@ -270,144 +257,6 @@ class StackConfig(Component):
         return blocks[0] >= 0 and blocks[-1] < self.num_layers
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StackContext:
-    """What all blocks know beside the vectors.
-
-    Attributes:
-      info: of each token, for routers and positions.
-      mask: [B, L] bool, False for padding; None where there is none. Read without a cache only.
-      view: of the cache; None without one.
-      memory: [B, M, d] what cross-attention reads; None without it, and where a cache has it.
-      memory_mask: [B, M] bool, False for the memory's padding; None for none.
-    """
-
-    info: TokenInfo
-    mask: jax.Array | None = None
-    view: CacheView | None = None
-    memory: jax.Array | None = None
-    memory_mask: jax.Array | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BlockCache:
-    """What a block remembers.
-
-    Attributes:
-      attention: the self-attention's, see `AttentionConfig.empty_cache`.
-      memory: keys and values of cross-attention; None without it.
-    """
-
-    attention: Any
-    memory: KeyValues | None
-
-
-class Block(nnx.Module):
-    """Pre-normalised attention, cross-attention if there is a memory, feed-forward layer or MoE."""
-
-    def __init__(
-        self, config: StackConfig, num_experts: int, causal: bool, cross: bool, key: jax.Array
-    ) -> None:
-        """Draws the parameters; `num_experts` 0 makes a dense block."""
-        attention_key, mlp_key = jax.random.split(key)
-        width, scale = config.width, config.scale
-        heads = (config.num_heads, config.head_width)
-        self.attention_norm = make_norm(config.norm, width, config.norm_epsilon)
-        self.attention = config.attention.build(width, *heads, scale, attention_key, causal)
-        self.cross_norm = make_norm(config.norm, width, config.norm_epsilon) if cross else None
-        scaled = not isinstance(config.attention, MultiHead) or config.attention.scaled
-        cross_key = jax.random.fold_in(attention_key, 3)
-        self.cross_attention = (
-            CrossAttention(width, *heads, scaled, scale, cross_key) if cross else None
-        )
-        self.mlp_norm = make_norm(config.norm, width, config.norm_epsilon)
-        self.mlp: MoE | FeedForward
-        if num_experts:
-            expert_width = config.expert_width or config.mlp_width
-            self.mlp = MoE(config.moe, width, expert_width, num_experts, scale, mlp_key)
-        else:
-            self.mlp = _feed_forward(config, mlp_key)
-        has_dense = num_experts and config.sparse_dense != SparseDense.NONE
-        self.dense = DenseSublayer(config, jax.random.fold_in(mlp_key, 4)) if has_dense else None
-        self.dropout = config.dropout
-        self.dense_first = config.sparse_dense == SparseDense.BEFORE
-
-    def __call__(
-        self,
-        x: jax.Array,
-        context: StackContext,
-        bias: jax.Array | None,
-        mode: Mode,
-        key: jax.Array | None,
-        cache: BlockCache | None,
-    ) -> tuple[jax.Array, BlockCache | None, MoEReport | None]:
-        """[B, L, d] to [B, L, d]; also the updated cache, and a MoE's report.
-
-        Args:
-          x: [B, L, d].
-          context: see `StackContext`.
-          bias: [1, H, L, M] of self-attention, if the stack's layers share one.
-          mode: what the pass is for.
-          key: PRNG key; None where nothing is random.
-          cache: of earlier calls, or None.
-        """
-        attention_key, mlp_key, out_key, dense_key = (
-            (None,) * 4 if key is None else jax.random.split(key, 4)
-        )
-        inputs = AttentionInputs(context.info.positions, context.mask, context.view, bias)
-        attended, attention_cache = self.attention(
-            self.attention_norm(x), inputs, None if cache is None else cache.attention
-        )
-        x = x + dropout(attended, self.dropout, attention_key)
-        if cache is not None:
-            cache = dataclasses.replace(cache, attention=attention_cache)
-        if self.cross_attention is not None and self.cross_norm is not None:
-            memory: Any = None if cache is None else cache.memory
-            if memory is None:
-                memory = self.cross_attention.keys_and_values(context.memory)  # type: ignore[arg-type]
-            attended = self.cross_attention(self.cross_norm(x), memory, context.memory_mask)
-            cross_key = None if key is None else jax.random.fold_in(key, 4)
-            x = x + dropout(attended, self.dropout, cross_key)
-        if self.dense is not None and self.dense_first:
-            x = self.dense(x, dense_key)
-        normed = self.mlp_norm(x)
-        report = None
-        if isinstance(self.mlp, MoE):
-            with jax.named_scope("moe"):
-                y, report = self.mlp(normed, context.info, mode, mlp_key)
-        else:
-            with jax.named_scope("feed_forward"):
-                y = self.mlp(normed, mlp_key)
-        x = constrain(x + dropout(y, self.dropout, out_key), "batch", "length", "width")
-        if self.dense is not None and not self.dense_first:
-            x = self.dense(x, dense_key)
-        return x, cache, report
-
-
-def _feed_forward(config: StackConfig, key: jax.Array) -> FeedForward:
-    return FeedForward(
-        config.width, config.mlp_width, config.feed_forward, config.dropout, config.scale, key
-    )
-
-
-class DenseSublayer(nnx.Module):
-    """The dense half of a sparse-dense block: x + dropout(feed_forward(norm(x)))."""
-
-    def __init__(self, config: StackConfig, key: jax.Array) -> None:
-        self.norm = make_norm(config.norm, config.width, config.norm_epsilon)
-        self.feed_forward = _feed_forward(config, key)
-        self.dropout = config.dropout
-
-    @jax.named_scope("feed_forward")
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """[B, L, d] to [B, L, d]; `key` None switches dropout off."""
-        inner_key, out_key = (None,) * 2 if key is None else jax.random.split(key)
-        y = self.feed_forward(self.norm(x), inner_key)
-        return constrain(x + dropout(y, self.dropout, out_key), "batch", "length", "width")
-
-
 class Period(nnx.Module):
     """The blocks that repeat."""
 
@@ -421,22 +270,15 @@ class Period(nnx.Module):
         )
 
     def __call__(
-        self,
-        x: jax.Array,
-        context: StackContext,
-        bias: jax.Array | None,
-        mode: Mode,
-        key: jax.Array | None,
-        caches: list[BlockCache] | None,
+        self, x: jax.Array, this_pass: Pass, caches: list[BlockCache] | None
     ) -> tuple[jax.Array, list[BlockCache] | None, MoEReport | None]:
         """Runs the blocks in order; at most one of them has a report."""
         report = None
         new_caches: list[Any] = []
         for i, block in enumerate(self.blocks):
-            block_key = None if key is None else jax.random.fold_in(key, i)
             cache = None if caches is None else caches[i]
             with jax.named_scope(f"block_{i}_of_{len(self.blocks)}"):
-                x, cache, block_report = block(x, context, bias, mode, block_key, cache)
+                x, cache, block_report = block(x, this_pass.fold(i), cache)
             report = report if block_report is None else block_report
             new_caches.append(cache)
         return x, None if caches is None else new_caches, report
@@ -481,36 +323,28 @@ class Stack(nnx.Module):
         )
 
     def __call__(
-        self,
-        x: jax.Array,
-        context: StackContext,
-        mode: Mode,
-        key: jax.Array | None = None,
-        cache: StackCache | None = None,
+        self, x: jax.Array, this_pass: Pass, cache: StackCache | None = None
     ) -> tuple[jax.Array, list[MoEReport], StackCache | None]:
         """Runs all blocks; the final norm is the model's.
 
         Args:
           x: [B, L, d] in the compute dtype.
-          context: see `StackContext`.
-          mode: what the pass is for.
-          key: PRNG key of this step; None where nothing is random.
+          this_pass: see `Pass`; the stack adds the bias that its layers share.
           cache: of earlier calls.
 
         Returns:
           [B, L, d]; the MoE layers' reports, one for each stage that has some, with a leading axis
           over them; the cache after this call.
         """
-        bias = None
         if self.relative is not None:
-            inputs = AttentionInputs(context.info.positions, context.mask, context.view, None)
-            bias = self.relative(*inputs.query_and_key_index())
+            bias = self.relative(*this_pass.attention_inputs.query_and_key_index())
+            this_pass = dataclasses.replace(this_pass, bias=bias)
         reports, caches, start = [], [], 0
         for i, stage in enumerate(self.config.stages):
             last = stage.first + stage.count * len(stage.experts)
             with jax.named_scope(f"blocks_{stage.first}_to_{last}"):
                 x, stage_cache, report = self._run_stage(
-                    i, start, x, context, bias, mode, key, None if cache is None else cache[i]
+                    i, start, x, this_pass, None if cache is None else cache[i]
                 )
             caches.append(stage_cache)
             start += stage.count
@@ -519,15 +353,7 @@ class Stack(nnx.Module):
         return x, reports, None if cache is None else caches
 
     def _run_stage(
-        self,
-        i: int,
-        start: int,
-        x: jax.Array,
-        context: StackContext,
-        bias: jax.Array | None,
-        mode: Mode,
-        key: jax.Array | None,
-        caches: list[BlockCache] | None,
+        self, i: int, start: int, x: jax.Array, this_pass: Pass, caches: list[BlockCache] | None
     ) -> tuple[jax.Array, Any, MoEReport | None]:
         """Scans over the periods of stage `i`, the first of which is the stack's period `start`."""
         config: StackConfig = self.config
@@ -536,9 +362,8 @@ class Stack(nnx.Module):
 
         def period(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
             values, index, caches = scanned
-            k = None if key is None else jax.random.fold_in(key, index)
             module = nnx.merge(definition, values)
-            x, caches, report = module(x, context, bias, mode, k, caches)
+            x, caches, report = module(x, this_pass.fold(index), caches)
             return x, (caches, report, nnx.state(module, RouterState))
 
         x, (caches, report, router_states) = jax.lax.scan(
@@ -547,7 +372,7 @@ class Stack(nnx.Module):
             (values, jnp.arange(start, start + count), caches),
             unroll=count if config.unroll else 1,
         )
-        if mode == Mode.TRAIN:
+        if this_pass.mode == Mode.TRAIN:
             nnx.update(self.stages[i], router_states)
         return x, caches, report
 

@@ -21,8 +21,9 @@ from moe_jax.layers.initializers import Scale, scaled_truncated_normal
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig, MoEReport, TokenInfo
 from moe_jax.layers.normalization import Norm, make_norm
+from moe_jax.models.blocks import Pass
 from moe_jax.models.interface import ModelConfig
-from moe_jax.models.stack import Stack, StackConfig, StackContext
+from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.parallel.sharding import constrain
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.fixed import HashRouter
@@ -261,8 +262,8 @@ class Vision(nnx.Module):
         x = self._embedded(images.astype(jnp.dtype(config.dtype)))
         x = dropout(constrain(x, "batch", "length", "width"), config.dropout, embed_key)
         # Without a mask for attention: padding is whole images, of which no token sees another's.
-        context = StackContext(self.token_info(len(x), mask))
-        x, reports, _ = self.stack(x, context, mode, stack_key)
+        this_pass = Pass(self.token_info(len(x), mask), mode, stack_key)
+        x, reports, _ = self.stack(x, this_pass)
         x = self.norm(x)
         pooled = x[:, 0] if config.pooling == Pooling.TOKEN else x.mean(axis=1)
         with jax.named_scope("logits"):

@@ -20,6 +20,7 @@ from moe_jax.dispatch.gather import Gather
 from moe_jax.dispatch.interface import Experts
 from moe_jax.errors import UserError
 from moe_jax.layers.expert_network import FeedForwardExpert
+from moe_jax.layers.feed_forward import FeedForwardForm
 from moe_jax.parallel.mesh import EXPERT, MeshConfig, make_mesh
 from moe_jax.routing.assignment import ExpertAssignment, SoftAssignment, TokenAssignment
 from moe_jax.routing.expert_choice import ExpertChoice
@@ -37,7 +38,17 @@ DISPATCHES = {
 }
 
 
-def dispatched(dispatch, x, assignment, weights, network=FeedForwardExpert(0.0), row_key=None):  # noqa: B008
+RELU = FeedForwardExpert(FeedForwardForm(), 0.0)
+
+
+def dispatched(
+    dispatch,
+    x,
+    assignment,
+    weights,
+    network=RELU,
+    row_key=None,
+):
     """The output of one group whose tokens have the indices 20, 21, ..., and the statistics."""
     token_index = FIRST + jnp.arange(len(x), dtype=jnp.int32)
 
@@ -171,7 +182,7 @@ def test_slots_spill_and_the_loop_alone(loads, slots, looped):
     x, weights, cotangent = layer(rng, 128, 2)
     gates = {"gates": numbers(rng, 128, 1)}
     tokens = dropless.Tokens(jnp.array(x), jnp.array(experts), gates["gates"], jnp.arange(128))
-    here = Experts(2, jnp.int32(0), weights, FeedForwardExpert(0.0), None)
+    here = Experts(2, jnp.int32(0), weights, FeedForwardExpert(FeedForwardForm(), 0.0), None)
     order, sizes = dropless.sort_by_owner(tokens.chosen, 2)
     rows = dropless._rows_with_spill(
         tokens, here, order, jnp.cumsum(sizes) - sizes, sizes, room=128, balanced=128

@@ -11,9 +11,10 @@ from moe_jax.analysis.hlo import Program
 from moe_jax.errors import UserError
 from moe_jax.layers.embedding import TokenEmbedding
 from moe_jax.layers.moe import MoEConfig, TokenInfo
+from moe_jax.models.blocks import Pass
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.models.definition import ModelDefinition
-from moe_jax.models.stack import Stack, StackConfig, StackContext
+from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.parallel.mesh import TOKEN_AXES, MeshConfig, make_mesh
 from moe_jax.routing.deepseek import DeepSeekV3
 from moe_jax.tasks.language_modeling import LanguageModeling
@@ -149,7 +150,7 @@ class TwoTowers(nnx.Module):
         info = TokenInfo.of(tokens)
         sum_of_towers, reports = 0.0, []
         for tower, ids in ((self.z_tower, tokens % 2), (self.a_tower, tokens // 2)):
-            x, of_tower, _ = tower(self.tokens(ids, jnp.float32), StackContext(info), mode, key)
+            x, of_tower, _ = tower(self.tokens(ids, jnp.float32), Pass(info, mode, key))
             sum_of_towers += x
             reports += of_tower
         return self.tokens.logits(sum_of_towers), reports, None
