@@ -155,7 +155,7 @@ def layer(
         "dropped": np.array(dropped / (count * choices)),
         "entropy": np.array(entropy / count),
         "logsumexp_squared": np.array(jax.lax.stop_gradient(losses["router_z"])),
-        "max_over_mean_load": np.array(load.max() / load.mean()),
+        "max_over_mean_load": np.array(np.max(load) / load.mean()),
         "load_cv": np.sqrt(((load - load.mean()) ** 2).mean()) / load.mean(),
     }
     return jnp.concatenate(outputs), losses, statistics
