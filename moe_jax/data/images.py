@@ -13,6 +13,7 @@ import numpy as np
 from etils import epy
 
 from moe_jax.data.interface import DataConfig
+from moe_jax.data.remembered import remembered
 from moe_jax.data.rows import Row, RowPipeline
 from moe_jax.data.sources import OpenedDataset, open_dataset
 from moe_jax.errors import UserError
@@ -232,7 +233,19 @@ def _check_features(dataset: OpenedDataset, config: ImageData) -> None:
 
 
 def _labels(dataset: OpenedDataset, config: ImageData) -> np.ndarray:
-    """[N] int64 labels, read without decoding the images."""
+    """[N] int64 labels, read without decoding the images, once for the same files."""
+    name = "".join(c if c.isalnum() else "_" for c in f"{dataset.split}_{config.label_feature}")
+    path = dataset.directory / "checked" / f"labels_{name}.json"
+    of = {
+        "split": dataset.split,
+        "label_feature": config.label_feature,
+        "files": dict(dataset.file_sha256),
+    }
+    read = remembered(path, of, lambda: _read_labels(dataset, config).tolist())
+    return np.array(read, np.int64)
+
+
+def _read_labels(dataset: OpenedDataset, config: ImageData) -> np.ndarray:
     skip = {config.image_feature: tfds.decode.SkipDecoding()}
     examples: Any = dataset.examples
     undecoded = dataclasses.replace(examples, decoders=skip)

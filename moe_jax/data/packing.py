@@ -23,6 +23,7 @@ import numpy as np
 import tqdm
 from etils import epy
 
+from moe_jax.data.remembered import remembered
 from moe_jax.data.sources import OpenedDataset
 from moe_jax.data.tokenizers import Tokenizer, utf8
 from moe_jax.errors import UserError
@@ -108,6 +109,7 @@ class PackedText(Mapping[str, np.ndarray]):
         Raises:
             UserError: A file is missing or has the wrong size.
         """
+        self._directory, self._sequence_length = directory, sequence_length
         self.streams = TokenStreams(directory)
         self.sha256 = self.streams.sha256
         self._rows: dict[str, np.ndarray] = {}
@@ -141,8 +143,10 @@ class PackedText(Mapping[str, np.ndarray]):
         return counts
 
     def unigram_entropy(self) -> float:
-        """`entropy` of the targets."""
-        return entropy(self.unigram_counts())
+        """`entropy` of the targets, counted once and kept beside the streams."""
+        path = self._directory / f"entropy_{self._sequence_length}.json"
+        of = {"sha256": self.sha256, "sequence_length": self._sequence_length}
+        return remembered(path, of, lambda: entropy(self.unigram_counts()))
 
 
 def entropy(counts: np.ndarray) -> float:
