@@ -93,7 +93,7 @@ def source(cls: type) -> pathlib.Path | None:
     """The file that defines a class; None in a notebook."""
     module = sys.modules.get(cls.__module__)
     file = getattr(module, "__file__", None)
-    return pathlib.Path(file) if file else None
+    return pathlib.Path(file).resolve() if file else None
 
 
 def is_own(cls: type) -> bool:
