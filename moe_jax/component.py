@@ -17,7 +17,7 @@ import inspect
 import logging
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -101,7 +101,7 @@ def is_own(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == _PACKAGE
 
 
-def find(name: str, origin: dict[str, Any] | None = None) -> type:
+def find(name: str, origin: Any = None) -> type:
     """The class of a tag.
 
     Args:
@@ -121,7 +121,7 @@ def find(name: str, origin: dict[str, Any] | None = None) -> type:
     module, _, qualified = name.rpartition(":")
     if module.partition(".")[0] == _PACKAGE and qualified:
         cls = _attribute(module, qualified)
-        if isinstance(cls, type) and issubclass(cls, Component):
+        if isinstance(cls, type) and issubclass(cls, Component) and dataclasses.is_dataclass(cls):
             return cls
         raise UserError(
             f"config.json names {name}, which moe_jax does not have; it was written by another "
@@ -132,7 +132,7 @@ def find(name: str, origin: dict[str, Any] | None = None) -> type:
     if same:
         _compare_source(same[-1], origin)
         return same[-1]
-    file = (origin or {}).get("file")
+    file = _said_of(origin, "file")
     raise UserError(
         f"config.json names {name or 'a class without a name'}, which is not in moe_jax and was "
         f"not imported; name the module or file that defines it, such as --import={file or module or 'FILE'}"
@@ -175,14 +175,20 @@ def _answers(cls: type, module: str) -> bool:
     return not is_own(cls) and (module in names or module in (_NOTEBOOK, ""))
 
 
-def _compare_source(cls: type, origin: dict[str, Any] | None) -> None:
+def _compare_source(cls: type, origin: Any) -> None:
     file = source(cls)
-    before = (origin or {}).get("sha256")
+    before = _said_of(origin, "sha256")
     if file is not None and before is not None and before != _sha256(file):
         _say_once(
             f"{file} is not what it was when config.json was written (sha256 {before[:12]}, now "
             f"{_sha256(file)[:12]}); {cls.__qualname__} is used as it is now."
         )
+
+
+def _said_of(origin: Any, name: str) -> str | None:
+    """What a file says of a module, which may be anything: the file may be a stranger's."""
+    value = origin.get(name) if isinstance(origin, Mapping) else None
+    return value if isinstance(value, str) else None
 
 
 def origins(classes: set[type]) -> dict[str, dict[str, Any]]:

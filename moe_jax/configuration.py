@@ -36,7 +36,7 @@ def encode(value: Any) -> Any:
     return value
 
 
-def decode(tree: Any, origins: Mapping[str, Any] | None = None) -> Any:
+def decode(tree: Any, origins: Any = None) -> Any:
     """Rebuilds a config from `encode`'s output; imports nothing but moe_jax's own modules.
 
     Args:
@@ -55,7 +55,8 @@ def decode(tree: Any, origins: Mapping[str, Any] | None = None) -> Any:
     name = tree[TYPE_TAG]
     if not isinstance(name, str):
         raise UserError(f"config.json has the type {name!r}; a type is a text, module:Name.")
-    cls = component.find(name, (origins or {}).get(name.partition(":")[0]))
+    module = name.rpartition(":")[0]
+    cls = component.find(name, origins.get(module) if isinstance(origins, Mapping) else None)
     hints = typing.get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls) if field.init}
     values = {}
@@ -70,7 +71,12 @@ def decode(tree: Any, origins: Mapping[str, Any] | None = None) -> Any:
         if isinstance(hint, type) and issubclass(hint, enum.Enum):
             value = _choice(f"{cls.__name__}.{key}", value, hint)
         values[key] = value
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError as error:  # An abstract class, or a field without a default that is missing.
+        raise UserError(
+            f"config.json names {name}, which cannot be made of {sorted(values)}: {error}."
+        ) from error
 
 
 def _choice(name: str, value: Any, choices: type[enum.Enum]) -> enum.Enum:

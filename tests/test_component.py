@@ -100,6 +100,34 @@ def test_a_tag_that_is_no_text_is_refused(tag):
         configuration.decode({"type": tag})
 
 
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"type": "moe_jax.routing.assignment:Router"},
+        {"type": "moe_jax.models.interface:ModelConfig"},
+        {"type": "moe_jax.component:Component", "x": 1},
+    ],
+)
+def test_what_cannot_be_made_is_one_sentence(tree):
+    with pytest.raises(moe.UserError, match=r"cannot be made|does not have"):
+        configuration.decode(tree)
+
+
+@pytest.mark.parametrize("origins", [[], "x", {"own": 3}, {"own": {"file": 3}}, {"own": []}])
+def test_origins_of_a_strangers_file_may_be_anything(origins):
+    with pytest.raises(moe.UserError, match=r"own:Cls, which is not in moe_jax.*--import=own"):
+        configuration.decode({"type": "own:Cls"}, origins)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "null", '{"config": 3}', '{"config": {"a": 1}}', "\xff"]
+)
+def test_a_config_json_that_is_none_is_one_sentence(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(moe.UserError, match=r"config\.json"):
+        experiment.load(tmp_path)
+
+
 ROUTER = """
 import dataclasses
 import moe_jax as moe

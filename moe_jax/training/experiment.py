@@ -159,15 +159,24 @@ def read_record(workdir: epath.PathLike) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"workdir {workdir} has no {CONFIG_FILE}; name the folder of a run.")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        record = json.loads(path.read_text())
+    except ValueError as error:  # No JSON, or no UTF-8.
         raise UserError(f"{path} is damaged ({error}); restore it or use a new workdir.") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is damaged (no JSON object); restore it or use a new workdir.")
+    return record
 
 
 def load(workdir: epath.PathLike) -> Experiment:
     """Rebuilds the config of the run in `workdir`."""
     record = read_record(workdir)
-    return configuration.decode(record["config"], record.get("imports"))
+    config = configuration.decode(record.get("config"), record.get("imports"))
+    if not isinstance(config, Experiment):
+        raise UserError(
+            f"{epath.Path(workdir) / CONFIG_FILE} holds no run's config, but {type(config).__name__}; "
+            "restore it or name the folder of a run."
+        )
+    return config
 
 
 def check_can_be_rebuilt(config: Experiment) -> None:
