@@ -46,6 +46,76 @@ class Component:
         values = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
         return hash((type(self), *map(_hashable, values)))
 
+    def check_ranges(self, path: str) -> None:
+        """Checks the component's own fields against the ranges that `field` declared.
+
+        Args:
+          path: what the user calls the component, such as `model.moe`.
+
+        Raises:
+          UserError: a value is outside its field's range.
+        """
+        for declared in dataclasses.fields(self):  # type: ignore[arg-type]
+            allowed = _range_of(type(self), declared.name)
+            value = getattr(self, declared.name)
+            if allowed is not None and not allowed.holds(value):
+                raise UserError(f"{path}.{declared.name} is {value}; it must be {allowed}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field takes; None for no bound. NaN is in no range."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def holds(self, value: Any) -> bool:
+        """Whether a number is in it."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        low = self.at_least if self.above is None else self.above
+        high = self.at_most if self.below is None else self.below
+        if high is None:
+            return f"at least {low}" if self.above is None else f"above {low}"
+        opening, closing = "[" if self.above is None else "(", "]" if self.below is None else ")"
+        return f"in {opening}{low}, {high}{closing}"
+
+
+_RANGE = "range"
+
+
+def field(
+    default: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field of a component whose values have a range: `k: int = field(1, at_least=1)`.
+
+    The range is checked with the types of a run's config, and where a component checks itself. A
+    subclass that gives the field another default keeps its range.
+    """
+    declared = Range(at_least, above, at_most, below)
+    return dataclasses.field(default=default, metadata={_RANGE: declared})
+
+
+def _range_of(cls: type, name: str) -> Range | None:
+    for base in cls.__mro__:
+        declared = base.__dict__.get("__dataclass_fields__", {}).get(name)
+        if declared is not None and _RANGE in declared.metadata:
+            return declared.metadata[_RANGE]
+    return None
+
 
 def _hashable(value: Any) -> Any:
     if isinstance(value, dict):

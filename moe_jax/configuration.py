@@ -8,6 +8,7 @@ a tag may name.
 import copy
 import dataclasses
 import enum
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -107,10 +108,10 @@ def components(config: Any, path: str = "config") -> Iterator[tuple[str, Any]]:
 
 
 def check_types(config: Any, path: str = "config") -> None:
-    """Checks every scalar field against its annotation, in the whole tree.
+    """Checks every scalar field against its annotation and range, in the whole tree.
 
     Raises:
-      UserError: a value has another type than its field.
+      UserError: a value has another type than its field, is outside its range, or is no number.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -125,6 +126,8 @@ def check_types(config: Any, path: str = "config") -> None:
             _check_instance(name, value, tuple)
             for i, item in enumerate(value):
                 _check_instance(f"{name}[{i}]", item, typing.get_args(hint)[0])
+    if isinstance(config, component.Component):
+        config.check_ranges(path)
 
 
 def _check_instance(name: str, value: Any, hint: type) -> None:
@@ -138,6 +141,8 @@ def _check_instance(name: str, value: Any, hint: type) -> None:
         raise UserError(
             f"{name} is {value!r}, of type {type(value).__name__}; it must be {hint.__name__}."
         )
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"{name} is {value}; it must be a finite number.")
 
 
 def differences(old: Any, new: Any, path: str = "config") -> Iterator[tuple[str, Any, Any]]:

@@ -13,9 +13,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from moe_jax.component import Component
+from moe_jax.component import Component, field
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.errors import UserError
 
 
 class Pipeline(abc.ABC):
@@ -66,7 +65,7 @@ class Pipeline(abc.ABC):
 class DataConfig(Component, abc.ABC):
     """Which data a run reads; a component of a config, and the base of all of them."""
 
-    batch_size: int = 64
+    batch_size: int = field(64, at_least=1)
     """B: rows of a step over all processes."""
     held_out_split: str = "validation"
     """The split or slice that is evaluated during training; lm1b, for one, calls it `test`."""
@@ -77,8 +76,7 @@ class DataConfig(Component, abc.ABC):
         Raises:
             UserError: A field has a value that no data make right.
         """
-        if self.batch_size < 1:
-            raise UserError(f"data.batch_size is {self.batch_size}; it must be at least 1.")
+        self.check_ranges("data")
 
     @property
     @abc.abstractmethod

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from moe_jax.component import field
 from moe_jax.data.corpus import CorpusData
 from moe_jax.data.packing import PackedText, pack
 from moe_jax.data.rows import Row, RowPipeline, Split
@@ -26,16 +27,8 @@ class TextData(CorpusData):
     text_feature: str = "text"
     domain_feature: str = "domain"
     """The feature that labels the text; empty for one domain named after the dataset."""
-    sequence_length: int = 256
+    sequence_length: int = field(256, at_least=1)
     """L: tokens predicted in a row."""
-
-    def validate(self) -> None:
-        """See `CorpusData`."""
-        super().validate()
-        if self.sequence_length < 1:
-            raise UserError(
-                f"data.sequence_length is {self.sequence_length}; it must be at least 1."
-            )
 
     @property
     def tokens_per_row(self) -> int:

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.component import field
 from moe_jax.data.tables import Table, TableConfig, TablePipeline
-from moe_jax.errors import UserError
 
 NUM_JOINTS = 4
 
@@ -113,8 +113,8 @@ def movements(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 class RobotArm(TableConfig):
     """Simulated rows; all columns have mean 0 and variance 1 over the training split."""
 
-    train_rows: int = 15_000
-    test_rows: int = 5_000
+    train_rows: int = field(15_000, at_least=2)
+    test_rows: int = field(5_000, at_least=2)
     """In the split `test`; every row of both splits is of another movement."""
     simulation_seed: int = 0
     """Of the movements; the run's seed orders the rows."""
@@ -133,13 +133,6 @@ class RobotArm(TableConfig):
     def has_classes(self) -> bool:
         """No: accelerations are any numbers."""
         return False
-
-    def validate(self) -> None:
-        """See `DataConfig`."""
-        super().validate()
-        for field in ("train_rows", "test_rows"):
-            if getattr(self, field) < 2:
-                raise UserError(f"data.{field} is {getattr(self, field)}; it must be at least 2.")
 
     def open(self, seed: int) -> TablePipeline:
         """See `DataConfig`."""

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from moe_jax.component import field
 from moe_jax.data.corpus import CorpusData
 from moe_jax.data.interface import Pipeline
 from moe_jax.data.packing import entropy
@@ -126,11 +127,11 @@ class SpanCorruptionData(CorpusData):
     text_feature: str = "text"
     domain_feature: str = "domain"
     """The feature that labels the text; empty for one domain named after the dataset."""
-    input_length: int = 512
+    input_length: int = field(512, at_least=3)
     """M: tokens of an input, sentinels and EOS included."""
     noise_density: float = 0.15
     """Share of the text that is in spans."""
-    mean_span: float = 3.0
+    mean_span: float = field(3.0, at_least=1)
     """Mean length of a span in tokens."""
 
     def validate(self) -> None:
@@ -140,10 +141,6 @@ class SpanCorruptionData(CorpusData):
             raise UserError(
                 f"data.noise_density is {self.noise_density}; it must be above 0 and at most 0.5."
             )
-        if not self.mean_span >= 1:
-            raise UserError(f"data.mean_span is {self.mean_span}; it must be at least 1.")
-        if self.input_length < 3:
-            raise UserError(f"data.input_length is {self.input_length}; it must be at least 3.")
         spans = self.lengths.spans
         if self.tokenizer.extra_ids < spans:
             raise UserError(

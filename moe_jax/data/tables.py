@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.component import field
 from moe_jax.data.interface import DataConfig
 from moe_jax.data.rows import Row, RowPipeline, Split
 from moe_jax.data.sources import OpenedDataset, open_dataset
@@ -136,7 +137,7 @@ class TableData(TableConfig):
     """The split, or a TFDS slice of one, that is trained on."""
     input_features: tuple[str, ...] = ("f1", "f2")
     """The n features that are the inputs."""
-    input_divisor: float = 1000.0
+    input_divisor: float = field(1000.0, above=0)
     """Inputs are divided by this; 1000 turns Hz into kHz."""
     class_feature: str = "vowel"
     """The feature that names an example's class; it is also the row's domain."""
@@ -163,11 +164,9 @@ class TableData(TableConfig):
     def validate(self) -> None:
         """See `DataConfig`."""
         super().validate()
-        for field in ("input_features", "classes"):
-            if not getattr(self, field):
-                raise UserError(f"data.{field} is empty; name at least one.")
-        if not self.input_divisor > 0:
-            raise UserError(f"data.input_divisor is {self.input_divisor}; it must be above 0.")
+        for name in ("input_features", "classes"):
+            if not getattr(self, name):
+                raise UserError(f"data.{name} is empty; name at least one.")
         if self.class_targets and len(self.class_targets) != len(self.classes):
             raise UserError(
                 f"data.class_targets has {len(self.class_targets)} entries for "
@@ -184,10 +183,10 @@ class TableData(TableConfig):
         return TablePipeline(self.dataset, tables, self.train_split, self.batch_size, seed)
 
     def _table(self, dataset: OpenedDataset) -> Table:
-        for field in (*self.input_features, self.class_feature):
-            if field not in dataset.features:
+        for feature in (*self.input_features, self.class_feature):
+            if feature not in dataset.features:
                 raise UserError(
-                    f"feature {field!r} is not in dataset={self.dataset!r}, which has "
+                    f"feature {feature!r} is not in dataset={self.dataset!r}, which has "
                     f"{', '.join(dataset.features)}."
                 )
         inputs, chosen = [], []

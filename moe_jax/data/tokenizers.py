@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 from etils import epath
 
-from moe_jax.component import Component
+from moe_jax.component import Component, field
 from moe_jax.errors import UserError
 
 
@@ -106,7 +106,7 @@ class Tokenizer(abc.ABC):
 class TokenizerConfig(Component, abc.ABC):
     """Which tokenizer a run uses; a component of a config."""
 
-    extra_ids: int = 0
+    extra_ids: int = field(0, at_least=0)
     """How many numbers at the top of the vocabulary are free for a task: T5's sentinels, a mask."""
 
     @property
@@ -116,8 +116,7 @@ class TokenizerConfig(Component, abc.ABC):
 
     def validate(self) -> None:
         """Raises UserError for fields out of range."""
-        if self.extra_ids < 0:
-            raise UserError(f"data.tokenizer.extra_ids is {self.extra_ids}; it must be at least 0.")
+        self.check_ranges("data.tokenizer")
 
     @abc.abstractmethod
     def train(

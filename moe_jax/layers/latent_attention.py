@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import AttentionConfig, AttentionInputs, readable
 from moe_jax.layers.attention_kernels import attend
@@ -39,26 +40,18 @@ class MultiHeadLatent(AttentionConfig):
       norm_epsilon: of the norms of the two compressed vectors.
     """
 
-    query_rank: int = 0
-    kv_rank: int = 512
-    nope_width: int = 128
-    rotary_width: int = 64
-    value_width: int = 128
+    query_rank: int = field(0, at_least=0)
+    kv_rank: int = field(512, at_least=1)
+    nope_width: int = field(128, at_least=1)
+    rotary_width: int = field(64, at_least=1)
+    value_width: int = field(128, at_least=1)
     rotary_base: float = 10_000.0
     rotary_scaling: RotaryScaling = dataclasses.field(default_factory=RotaryScaling)
     norm_epsilon: float = 1e-6
 
     def validate(self, num_heads: int, head_width: int, path: str = "model") -> None:
         """Raises UserError for widths that cannot be."""
-        for name in ("kv_rank", "nope_width", "rotary_width", "value_width"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"{path}.attention.{name} is {getattr(self, name)}; it must be at least 1."
-                )
-        if self.query_rank < 0:
-            raise UserError(
-                f"{path}.attention.query_rank is {self.query_rank}; it must be at least 0."
-            )
+        self.check_ranges(f"{path}.attention")
         self.rotary_scaling.validate()
         if self.rotary_width % 2:
             raise UserError(

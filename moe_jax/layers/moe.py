@@ -19,7 +19,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.component import Component
+from moe_jax.component import Component, field
 from moe_jax.dispatch.gather import Gather
 from moe_jax.dispatch.interface import Dispatch, Experts
 from moe_jax.dispatch.varying import varying_alike
@@ -71,14 +71,15 @@ class MoEConfig(Component):
     group_size: int = 0
     dispatch: Dispatch = dataclasses.field(default_factory=Gather)
     experts: FeedForwardForm = dataclasses.field(default_factory=FeedForwardForm)
-    expert_layers: int = 1
-    expert_dropout: float = 0.0
-    shared_experts: int = 0
+    expert_layers: int = field(1, at_least=1)
+    expert_dropout: float = field(0.0, at_least=0, below=1)
+    shared_experts: int = field(0, at_least=0)
     shared_mix: BranchMix = BranchMix.SUM
-    group_rows: int = 1
+    group_rows: int = field(1, at_least=1)
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError where the layer could not be built with E experts."""
+        self.check_ranges("moe")
         self.router.validate(num_experts)
         self.capacity.validate()
         self.dispatch.validate(self.router)
@@ -93,8 +94,6 @@ class MoEConfig(Component):
                 f"moe.group_size is {self.group_size}; it must be at least 1 token, or 0 for groups of "
                 "moe.group_rows rows."
             )
-        if self.group_rows < 1:
-            raise UserError(f"moe.group_rows is {self.group_rows}; it must be at least 1 row.")
         if self.group_size and self.group_rows > 1:
             raise UserError(
                 f"moe.group_size is {self.group_size} tokens and moe.group_rows is {self.group_rows}, "
@@ -103,16 +102,10 @@ class MoEConfig(Component):
         if self.group_size:
             for train in (True, False):
                 self.slots(num_experts, train)
-        if self.expert_layers < 1:
-            raise UserError(f"moe.expert_layers is {self.expert_layers}; it must be at least 1.")
-        if self.shared_experts < 0:
-            raise UserError(f"moe.shared_experts is {self.shared_experts}; it must be at least 0.")
         if self.shared_mix != BranchMix.SUM and not self.shared_experts:
             raise UserError(
                 f"moe.shared_mix is {self.shared_mix}, but moe.shared_experts is 0; set it to 1."
             )
-        if not 0 <= self.expert_dropout < 1:
-            raise UserError(f"moe.expert_dropout is {self.expert_dropout}; it must be in [0, 1).")
 
     def for_rows(self, length: int) -> "MoEConfig":
         """The same for rows of so many tokens, with `group_size` said in tokens."""

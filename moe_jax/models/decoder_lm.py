@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import CacheView
 from moe_jax.layers.dropout import dropout
@@ -40,8 +41,8 @@ class DecoderLMConfig(StackConfig, ModelConfig):
     The other attributes are `StackConfig`'s.
     """
 
-    vocab_size: int = 264
-    max_length: int = 256
+    vocab_size: int = field(264, at_least=1)
+    max_length: int = field(256, at_least=1)
     tied: bool = True
     embedding_scaling: EmbeddingScaling = EmbeddingScaling.INPUTS
     learned_positions: bool = False
@@ -54,9 +55,6 @@ class DecoderLMConfig(StackConfig, ModelConfig):
 
     def validate(self, path: str = "model") -> None:
         """Raises UserError for a model that could not be built."""
-        for name in ("vocab_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{path}.{name} is {getattr(self, name)}; it must be at least 1.")
         super().validate(path)
         check_tied(self.embedding_scaling, self.tied)
         if self.sparse and not self.bidirectional and not self.accept_leak:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import MultiHead, Positions
 from moe_jax.layers.dropout import dropout
@@ -44,8 +45,8 @@ class EncoderDecoderConfig(ModelConfig):
       encoder, decoder: the stacks, of equal width and dtype; all else may differ.
     """
 
-    vocab_size: int = 264
-    target_vocab_size: int = 0
+    vocab_size: int = field(264, at_least=1)
+    target_vocab_size: int = field(0, at_least=0)
     tied: bool = True
     embedding_scaling: EmbeddingScaling = EmbeddingScaling.LOGITS
     accept_leak: bool = False
@@ -77,11 +78,7 @@ class EncoderDecoderConfig(ModelConfig):
 
     def validate(self, path: str = "model") -> None:
         """Raises UserError for a model that could not be built; `path` is the config's own."""
-        for name, least in (("vocab_size", 1), ("target_vocab_size", 0)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"{path}.{name} is {getattr(self, name)}; it must be at least {least}."
-                )
+        self.check_ranges(path)
         self.encoder.validate(f"{path}.encoder")
         self.decoder.validate(f"{path}.decoder")
         for name in ("width", "dtype"):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.layers.dropout import dropout
 from moe_jax.layers.embedding import EmbeddingScaling, TokenEmbedding
@@ -50,18 +51,18 @@ class RecurrentLMConfig(ModelConfig):
       unroll: unroll the loops over time (longer compilation; exact FLOP counts by XLA).
     """
 
-    vocab_size: int = 264
-    max_length: int = 256
-    num_lstms: int = 2
-    width: int = 128
-    units: int = 128
-    num_experts: int = 8
-    mlp_width: int = 256
+    vocab_size: int = field(264, at_least=1)
+    max_length: int = field(256, at_least=1)
+    num_lstms: int = field(2, at_least=1)
+    width: int = field(128, at_least=1)
+    units: int = field(128, at_least=1)
+    num_experts: int = field(8, at_least=0)
+    mlp_width: int = field(256, at_least=1)
     moe: MoEConfig = dataclasses.field(default_factory=lambda: MoEConfig(router=NoisyTopK()))
     hidden_widths: tuple[int, ...] = ()
     tied: bool = False
-    dropout: float = 0.0
-    init_scale: float = 1.0
+    dropout: float = field(0.0, at_least=0, below=1)
+    init_scale: float = field(1.0, above=0)
     dtype: ComputeDtype = ComputeDtype.FLOAT32
     remat_moe: bool = False
     unroll: bool = False
@@ -95,14 +96,7 @@ class RecurrentLMConfig(ModelConfig):
 
     def validate(self) -> None:
         """Raises UserError for a model that could not be built."""
-        for name in ("vocab_size", "max_length", "num_lstms", "width", "units", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.num_experts < 0:
-            raise UserError(
-                f"model.num_experts is {self.num_experts}; it must be at least 0, which makes a "
-                "dense model."
-            )
+        self.check_ranges("model")
         if min(self.hidden_widths, default=1) < 1:
             raise UserError(
                 f"model.hidden_widths is {self.hidden_widths}; every width must be at least 1."
@@ -112,10 +106,6 @@ class RecurrentLMConfig(ModelConfig):
                 f"model.hidden_widths is {self.hidden_widths}, a network in the place of the MoE, but "
                 f"model.num_experts is {self.num_experts}; set it to 0, or leave hidden_widths empty."
             )
-        if not self.init_scale > 0:
-            raise UserError(f"model.init_scale is {self.init_scale}; it must be above 0.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1).")
         if self.sparse:
             self.moe.validate(self.num_experts)
             check_no_leak(self.moe.router, "model.moe.router")

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.component import Component
+from moe_jax.component import Component, field
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import (
     AttentionConfig,
@@ -131,25 +131,25 @@ class StackConfig(Component):
       block: how sub-layers make a block: `PreNorm`, `Parallel`, or a `BlockForm` of one's own.
     """
 
-    num_layers: int = 4
-    width: int = 128
-    num_heads: int = 4
-    head_width: int = 32
-    mlp_width: int = 512
+    num_layers: int = field(4, at_least=1)
+    width: int = field(128, at_least=1)
+    num_heads: int = field(4, at_least=1)
+    head_width: int = field(32, at_least=1)
+    mlp_width: int = field(512, at_least=1)
     attention: AttentionConfig = dataclasses.field(default_factory=MultiHead)
     feed_forward: FeedForwardForm = dataclasses.field(default_factory=FeedForwardForm)
     norm: Norm = Norm.RMS
-    norm_epsilon: float = 1e-6
+    norm_epsilon: float = field(1e-6, at_least=0)
     num_experts: int = 8
     experts_by_layer: tuple[int, ...] = ()
-    expert_width: int = 0
+    expert_width: int = field(0, at_least=0)
     moe_every: int = 2
     moe_at: tuple[int, ...] = ()
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     sparse_dense: SparseDense = SparseDense.NONE
-    dropout: float = 0.0
-    init_scale: float = 1.0
-    init_deviation: float = 0.0
+    dropout: float = field(0.0, at_least=0, below=1)
+    init_scale: float = field(1.0, above=0)
+    init_deviation: float = field(0.0, at_least=0)
     dtype: ComputeDtype = ComputeDtype.FLOAT32
     remat: Remat = Remat.NONE
     unroll: bool = False
@@ -201,28 +201,14 @@ class StackConfig(Component):
 
     def validate(self, path: str = "model") -> None:
         """Raises UserError for a stack that could not be built; `path` is the config's own."""
-        for name in ("num_layers", "width", "num_heads", "head_width", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{path}.{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.expert_width < 0:
-            raise UserError(f"{path}.expert_width is {self.expert_width}; it must be at least 0.")
+        self.check_ranges(path)
         unequal = not self.moe_at and self.num_layers % max(self.moe_every, 1)
         if self.moe_every < 0 or unequal:
             raise UserError(
                 f"{path}.moe_every is {self.moe_every}, which does not divide "
                 f"{path}.num_layers={self.num_layers}; use a divisor, or 0 for a dense model."
             )
-        if not self.norm_epsilon >= 0:
-            raise UserError(f"{path}.norm_epsilon is {self.norm_epsilon}; it must not be negative.")
-        if not self.init_scale > 0:
-            raise UserError(f"{path}.init_scale is {self.init_scale}; it must be above 0.")
-        if not self.init_deviation >= 0:
-            raise UserError(
-                f"{path}.init_deviation is {self.init_deviation}; it must not be negative."
-            )
         self.attention.validate(self.num_heads, self.head_width, path)
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"{path}.dropout is {self.dropout}; it must be in [0, 1).")
         if self.sparse:
             self._validate_moe(path)
             return

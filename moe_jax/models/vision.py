@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import AttentionConfig, MultiHead, Positions
 from moe_jax.layers.dropout import dropout
@@ -91,10 +92,10 @@ class VisionConfig(StackConfig, ModelConfig):
     feed_forward: FeedForwardForm = dataclasses.field(default_factory=_feed_forward)
     norm: Norm = Norm.LAYER
     moe: MoEConfig = dataclasses.field(default_factory=_moe)
-    image_size: int = 224
-    patch_size: int = 16
-    channels: int = 3
-    num_classes: int = 1000
+    image_size: int = field(224, at_least=1)
+    patch_size: int = field(16, at_least=1)
+    channels: int = field(3, at_least=1)
+    num_classes: int = field(1000, at_least=1)
     pooling: Pooling = Pooling.TOKEN
     pre_logits: bool = False
     head_bias: float = 0.0
@@ -112,9 +113,6 @@ class VisionConfig(StackConfig, ModelConfig):
     def validate(self, path: str = "model") -> None:
         """Raises UserError for a model that could not be built; `path` is the config's own."""
         super().validate(path)
-        for name in ("image_size", "patch_size", "channels", "num_classes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{path}.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.image_size % self.patch_size:
             raise UserError(
                 f"{path}.patch_size is {self.patch_size}, which does not divide "

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.routing import scores, service
 from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing
@@ -59,8 +60,8 @@ class BASE(Router):
 
     solver: Solver = Solver.AUCTION
     auction_epsilon: float = 0.02
-    auction_rounds: int = 1000
-    sinkhorn_iterations: int = 20
+    auction_rounds: int = field(1000, at_least=1)
+    sinkhorn_iterations: int = field(20, at_least=1)
     init_deviation: float = scores.INIT_DEVIATION
 
     @property
@@ -70,15 +71,13 @@ class BASE(Router):
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
+        self.check_ranges("router")
         scores.validate_init_deviation(self.init_deviation)
         # Below 1e-5 a raise is lost in the rounding of float32 prices.
         if not 1e-5 <= self.auction_epsilon <= 1:
             raise UserError(
                 f"router.auction_epsilon is {self.auction_epsilon}; it must be in [1e-5, 1]."
             )
-        for name in ("auction_rounds", "sinkhorn_iterations"):
-            if getattr(self, name) < 1:
-                raise UserError(f"router.{name} is {getattr(self, name)}; it must be at least 1.")
 
     def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
         """weights: [d, E] float32."""

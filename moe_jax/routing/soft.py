@@ -11,6 +11,7 @@ import enum
 import jax
 import jax.numpy as jnp
 
+from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.routing import scores, statistics
 from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing, SoftAssignment
@@ -54,9 +55,9 @@ class SoftMoE(Router):
         V-MoE's it is not divided by E.
     """
 
-    slots_per_expert: int = 1
+    slots_per_expert: int = field(1, at_least=1)
     variant: SoftVariant = SoftVariant.SOFT
-    noise: float = 0.0
+    noise: float = field(0.0, at_least=0)
 
     def experts_per_token(self, tokens: int, num_experts: int, capacity: int) -> float:
         """E P slots are evaluated for S tokens."""
@@ -92,12 +93,7 @@ class SoftMoE(Router):
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range, or noise on logits that do not exist."""
-        if self.slots_per_expert < 1:
-            raise UserError(
-                f"router.slots_per_expert is {self.slots_per_expert}; it must be at least 1."
-            )
-        if not self.noise >= 0:
-            raise UserError(f"router.noise is {self.noise}; it must be at least 0.")
+        self.check_ranges("router")
         if self.noise and self.variant not in LEARNED:
             raise UserError(
                 f"router.noise is {self.noise}, but router.variant={self.variant} has no logits; "

@@ -13,6 +13,7 @@ import enum
 import jax
 import jax.numpy as jnp
 
+from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores, service, statistics
 from moe_jax.routing.assignment import (
@@ -103,6 +104,7 @@ class TokenChoice(Router):
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError unless 1 <= K <= E, and 2 K <= E for a second pass."""
+        self.check_ranges("router")
         validate_k(self.k, num_experts)
         if self.no_token_left_behind and 2 * self.choices > num_experts:
             raise UserError(
@@ -417,7 +419,7 @@ class VMoE(TokenChoice):
     k: int = 2
     order: ServiceOrder = ServiceOrder.CHOICE
     losses: Losses = dataclasses.field(default_factory=lambda: Losses(importance=0.005))
-    noise: float = 1.0
+    noise: float = field(1.0, at_least=0)
     load_weight: float = 0.005
 
     @property
@@ -428,8 +430,6 @@ class VMoE(TokenChoice):
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
         super().validate(num_experts)
-        if not self.noise >= 0:
-            raise UserError(f"router.noise is {self.noise}; it must be at least 0.")
         if not self.load_weight >= 0:
             raise UserError(
                 f"router.load_weight is {self.load_weight}; a coefficient is at least 0."

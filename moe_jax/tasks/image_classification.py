@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax.component import field
 from moe_jax.data.images import ImageData
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
@@ -48,15 +49,12 @@ class ImageClassification(Task):
     """
 
     loss: ClassLoss = ClassLoss.SOFTMAX
-    label_smoothing: float = 0.0
+    label_smoothing: float = field(0.0, at_least=0, below=1)
     auxiliary_reduction: LayerReduction = LayerReduction.SUM
 
     def validate(self, model: VisionConfig, data: ImageData) -> None:
         """Raises UserError for fields out of range, or a model of other images than the data's."""
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(
-                f"task.label_smoothing is {self.label_smoothing}; it must be in [0, 1)."
-            )
+        self.check_ranges("task")
         for kind, config, name in (
             ("model", model, VisionConfig),
             ("data", data, ImageData),
@@ -66,11 +64,11 @@ class ImageClassification(Task):
                     f"task is ImageClassification, but {kind} is {type(config).__name__}; use "
                     f"{name.__name__}."
                 )
-        for field in ("image_size", "channels", "num_classes"):
-            if getattr(model, field) != getattr(data, field):
+        for size in ("image_size", "channels", "num_classes"):
+            if getattr(model, size) != getattr(data, size):
                 raise UserError(
-                    f"model.{field} is {getattr(model, field)}, but data.{field} is "
-                    f"{getattr(data, field)}; make them equal."
+                    f"model.{size} is {getattr(model, size)}, but data.{size} is "
+                    f"{getattr(data, size)}; make them equal."
                 )
 
     def moe_inputs(self, model: VisionConfig, data: ImageData) -> list[tuple[str, int, int]]:

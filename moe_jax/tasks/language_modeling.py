@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax.component import field
 from moe_jax.data.pipelines import TextData
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
@@ -110,15 +111,12 @@ class LanguageModeling(TextTask):
         Kullback-Leibler divergences between the predictions. Twice the cost.
     """
 
-    consistency_weight: float = 0.0
+    consistency_weight: float = field(0.0, at_least=0)
 
     def validate(self, model: TextModelConfig, data: TextData) -> None:
         """Raises UserError for a negative coefficient or a model that sees the next token."""
         super().validate(model, data)
-        if not self.consistency_weight >= 0:
-            raise UserError(
-                f"task.consistency_weight is {self.consistency_weight}; it must be at least 0."
-            )
+        self.check_ranges("task")
         experts = max(model.experts_of_layers, default=0)
         if self.consistency_weight and model.moe_layers and model.moe.router.init_state(experts):
             raise UserError(

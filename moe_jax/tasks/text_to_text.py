@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.component import field
 from moe_jax.data.interface import DataConfig
 from moe_jax.data.pairs import PairData
 from moe_jax.data.span_corruption import SpanCorruptionData
@@ -44,20 +45,14 @@ class TextToText(Task):
         translation script. Twice the cost where it is not 0.
     """
 
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: float = field(0.0, at_least=0, below=1)
+    z_loss: float = field(0.0, at_least=0)
     auxiliary_reduction: LayerReduction = LayerReduction.SUM
-    consistency_weight: float = 0.0
+    consistency_weight: float = field(0.0, at_least=0)
 
     def validate(self, model: ModelConfig, data: DataConfig) -> None:
         """Raises UserError for fields out of range, or a model or data of another kind."""
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(
-                f"task.label_smoothing is {self.label_smoothing}; it must be in [0, 1)."
-            )
-        for field in ("z_loss", "consistency_weight"):
-            if not getattr(self, field) >= 0:
-                raise UserError(f"task.{field} is {getattr(self, field)}; it must be at least 0.")
+        self.check_ranges("task")
         if not isinstance(data, TextToTextData):
             raise UserError(
                 f"data is {type(data).__name__}, but the task TextToText reads inputs and targets; "
@@ -69,10 +64,10 @@ class TextToText(Task):
                 "decoder; use EncoderDecoderConfig or RecurrentTranslatorConfig."
             )
         sizes = {"vocab_size": model.vocab_size, "target_vocab_size": model.output_vocab_size}
-        for field, size in sizes.items():
+        for name, size in sizes.items():
             if size < data.tokenizer.vocab_size:
                 raise UserError(
-                    f"model.{field} is {size}, smaller than the tokenizer's "
+                    f"model.{name} is {size}, smaller than the tokenizer's "
                     f"{data.tokenizer.vocab_size} ids; raise it."
                 )
         if self.consistency_weight:

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from moe_jax import configuration
-from moe_jax.component import Component
+from moe_jax.component import Component, field
 from moe_jax.data.interface import DataConfig
 from moe_jax.data.pipelines import TextData
 from moe_jax.errors import UserError
@@ -23,23 +23,23 @@ from moe_jax.training.optimizers import AdamW, Optimizer
 class Logging(Component):
     """Attributes: every: steps between records in metrics.jsonl."""
 
-    every: int = 10
+    every: int = field(10, at_least=1)
 
 
 @dataclasses.dataclass
 class Checkpointing(Component):
     """Attributes: every: steps between checkpoints; keep: how many of the newest are kept."""
 
-    every: int = 100
-    keep: int = 2
+    every: int = field(100, at_least=1)
+    keep: int = field(2, at_least=1)
 
 
 @dataclasses.dataclass
 class Evaluation(Component):
     """Attributes: every: steps between evaluations (0: only at the end); batches: per evaluation."""
 
-    every: int = 0
-    batches: int = 8
+    every: int = field(0, at_least=0)
+    batches: int = field(8, at_least=1)
 
 
 @dataclasses.dataclass
@@ -55,9 +55,9 @@ class Experiment(Component):
       model, task, data, optimizer, mesh, logging, checkpoint, evaluation: the components.
     """
 
-    seed: int = 0
-    steps: int = 1000
-    microbatches: int = 1
+    seed: int = field(0, at_least=0)
+    steps: int = field(1000, at_least=1)
+    microbatches: int = field(1, at_least=1)
     skip_nonfinite: bool = False
     model: ModelConfig = dataclasses.field(default_factory=DecoderLMConfig)
     task: Task = dataclasses.field(default_factory=LanguageModeling)
@@ -75,32 +75,19 @@ class Experiment(Component):
           UserError: one sentence that names the field, its value and what would be right.
         """
         configuration.check_types(self)
-        at_least = {
-            "seed": (self.seed, 0),
-            "steps": (self.steps, 1),
-            "microbatches": (self.microbatches, 1),
-            "logging.every": (self.logging.every, 1),
-            "checkpoint.every": (self.checkpoint.every, 1),
-            "checkpoint.keep": (self.checkpoint.keep, 1),
-            "evaluation.every": (self.evaluation.every, 0),
-            "evaluation.batches": (self.evaluation.batches, 1),
-        }
-        for name, (value, least) in at_least.items():
-            if value < least:
-                raise UserError(f"{name} is {value}; it must be at least {least}.")
         for component in (self.model, self.data, self.optimizer, self.mesh):
             component.validate()
         self.task.validate(self.model, self.data)
         self.task.validate_microbatches(self.microbatches)
         self._validate_mesh()
-        for field, tokens, group_size in self.task.moe_inputs(self.model, self.data):
-            self._validate_groups(field, tokens, group_size)
+        for path, tokens, group_size in self.task.moe_inputs(self.model, self.data):
+            self._validate_groups(path, tokens, group_size)
 
     def with_group_sizes(self) -> "Experiment":
         """The same run with the groups of every MoE layer said in tokens, for counting."""
         changes: dict[str, Any] = {}
-        for field, _, group_size in self.task.moe_inputs(self.model, self.data):
-            changes |= {field: group_size, field.replace("group_size", "group_rows"): 1}
+        for path, _, group_size in self.task.moe_inputs(self.model, self.data):
+            changes |= {path: group_size, path.replace("group_size", "group_rows"): 1}
         return configuration.changed(self, changes)
 
     def _validate_mesh(self) -> None:
@@ -114,8 +101,8 @@ class Experiment(Component):
         rows = batch_size // self.microbatches
         row_name = "data.batch_size / microbatches" if self.microbatches > 1 else "data.batch_size"
         divisible = [(row_name, rows, "data x expert", shards)]
-        for field, size, axis in self.model.split_dimensions():
-            divisible.append((field, size, axis, getattr(self.mesh, axis)))
+        for path, size, axis in self.model.split_dimensions():
+            divisible.append((path, size, axis, getattr(self.mesh, axis)))
         for name, value, axis, devices in divisible:
             if value % devices:
                 raise UserError(
@@ -123,19 +110,19 @@ class Experiment(Component):
                     "divide; change one of them."
                 )
 
-    def _validate_groups(self, field: str, tokens_per_row: int, group_size: int) -> None:
+    def _validate_groups(self, path: str, tokens_per_row: int, group_size: int) -> None:
         """Checks that the tokens of a batch make whole groups, and shards have whole groups."""
         of = "microbatch" if self.microbatches > 1 else "batch"
         tokens = self.data.batch_size // self.microbatches * tokens_per_row
         if tokens % group_size:
             raise UserError(
-                f"{field} is {group_size}, which does not divide the {tokens} tokens of a {of}; "
+                f"{path} is {group_size}, which does not divide the {tokens} tokens of a {of}; "
                 f"choose a divisor of its rows times {tokens_per_row}."
             )
         groups, shards = tokens // group_size, self.mesh.token_shards
         if groups % shards:
             raise UserError(
-                f"a {of} has {groups} groups of {field}={group_size} tokens, which the {shards} "
+                f"a {of} has {groups} groups of {path}={group_size} tokens, which the {shards} "
                 "shards of mesh axes data x expert do not divide; choose a smaller group_size or "
                 "fewer devices on these axes."
             )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.training.factored_moments import (
     clip_by_matrix_rms,
@@ -51,16 +52,15 @@ class Optimizer(ScheduledRate, abc.ABC):
         (BASE: an expert's gradient is on its own device only).
     """
 
-    weight_decay: float = 0.0
+    weight_decay: float = field(0.0, at_least=0)
     decayed: Decayed = Decayed.MATRICES
-    head_weight_decay: float = 0.0
-    clip_norm: float = 0.0
+    head_weight_decay: float = field(0.0, at_least=0)
+    clip_norm: float = field(0.0, at_least=0)
     clip_excludes_experts: bool = False
 
     def validate(self) -> None:
         """Raises UserError for values that cannot work."""
         super().validate()
-        self._at_least_0("weight_decay", "head_weight_decay", "clip_norm")
         if self.clip_excludes_experts and not self.clip_norm:
             raise UserError(
                 "optimizer.clip_excludes_experts is true, but optimizer.clip_norm is 0 and clips "
@@ -116,15 +116,9 @@ class AdamW(Optimizer):
     warmup_steps: int = 100
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.95
-    epsilon: float = 1e-8
-
-    def validate(self) -> None:
-        """Raises UserError for values that cannot work."""
-        super().validate()
-        self._below_1("b1", "b2")
-        self._at_least_0("epsilon")
+    b1: float = field(0.9, at_least=0, below=1)
+    b2: float = field(0.95, at_least=0, below=1)
+    epsilon: float = field(1e-8, at_least=0)
 
     def scaling(self, axes: Any) -> optax.GradientTransformation:
         """See `Optimizer`."""
@@ -156,27 +150,13 @@ class Adafactor(Optimizer):
     learning_rate: float = 0.01
     schedule: Schedule = Schedule.INVERSE_SQRT
     constant_steps: int = 10_000
-    b1: float = 0.0
-    b2: float = 1.0
-    decay_exponent: float = 0.8
-    epsilon: float = 1e-30
-    clipping_threshold: float = 1.0
+    b1: float = field(0.0, at_least=0, below=1)
+    b2: float = field(1.0, at_least=0, at_most=1)
+    decay_exponent: float = field(0.8, above=0)
+    epsilon: float = field(1e-30, above=0)
+    clipping_threshold: float = field(1.0, at_least=0)
     scale_by_parameters: bool = True
-    min_size_to_factor: int = 128
-
-    def validate(self) -> None:
-        """Raises UserError for values that cannot work."""
-        super().validate()
-        self._below_1("b1")
-        self._in_unit_interval("b2")
-        self._at_least_0("clipping_threshold")
-        for name in ("decay_exponent", "epsilon"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0.")
-        if self.min_size_to_factor < 1:
-            raise UserError(
-                f"optimizer.min_size_to_factor is {self.min_size_to_factor}; it must be at least 1."
-            )
+    min_size_to_factor: int = field(128, at_least=1)
 
     def scaling(self, axes: Any) -> optax.GradientTransformation:
         """See `Optimizer`."""
@@ -204,12 +184,7 @@ class SGD(Optimizer):
 
     learning_rate: float = 0.1
     schedule: Schedule = Schedule.CONSTANT
-    momentum: float = 0.0
-
-    def validate(self) -> None:
-        """Raises UserError for values that cannot work."""
-        super().validate()
-        self._below_1("momentum")
+    momentum: float = field(0.0, at_least=0, below=1)
 
     def scaling(self, axes: Any) -> optax.GradientTransformation:
         """See `Optimizer`."""

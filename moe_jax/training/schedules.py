@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.component import Component
+from moe_jax.component import Component, field
 from moe_jax.errors import UserError
 
 
@@ -50,24 +50,19 @@ class ScheduledRate(Component):
         COSINE and LINEAR have come to their end before.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = field(1e-3, above=0)
     schedule: Schedule = Schedule.COSINE
-    warmup_steps: int = 0
-    constant_steps: int = 0
-    timescale: int = 0
-    final_fraction: float = 0.1
+    warmup_steps: int = field(0, at_least=0)
+    constant_steps: int = field(0, at_least=0)
+    timescale: int = field(0, at_least=0)
+    final_fraction: float = field(0.1, at_least=0, at_most=1)
     decay_at: tuple[float, ...] = (0.8, 0.9)
-    decay_factor: float = 0.316
-    cooldown_steps: int = 0
+    decay_factor: float = field(0.316, at_least=0, at_most=1)
+    cooldown_steps: int = field(0, at_least=0)
 
     def validate(self) -> None:
         """Raises UserError for values that cannot work."""
-        if not self.learning_rate > 0:
-            raise UserError(
-                f"optimizer.learning_rate is {self.learning_rate}; it must be above 0, such as 1e-3."
-            )
-        self._at_least_0("warmup_steps", "constant_steps", "timescale", "cooldown_steps")
-        self._in_unit_interval("final_fraction", "decay_factor")
+        self.check_ranges("optimizer")
         if not all(0 < fraction < 1 for fraction in self.decay_at):
             raise UserError(
                 f"optimizer.decay_at is {self.decay_at}; it must have fractions between 0 and 1."
@@ -99,23 +94,6 @@ class ScheduledRate(Component):
             return uncooled(step) * jnp.clip((steps - step) / self.cooldown_steps, 0.0, 1.0)
 
         return cooled
-
-    def _at_least_0(self, *names: str) -> None:
-        for name in names:
-            if not getattr(self, name) >= 0:
-                raise UserError(
-                    f"optimizer.{name} is {getattr(self, name)}; it must be at least 0."
-                )
-
-    def _in_unit_interval(self, *names: str) -> None:
-        for name in names:
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1].")
-
-    def _below_1(self, *names: str) -> None:
-        for name in names:
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1).")
 
     def _decay(self, steps: int, begin: int, decay_steps: int) -> optax.Schedule:
         """What follows step `begin`, by the number of steps since."""

@@ -83,7 +83,7 @@ def test_a_group_is_one_row_unless_its_size_is_said():
     ("fields", "message"),
     [
         ({"group_size": -1}, "moe.group_size is -1; it must be at least 1 token, or 0"),
-        ({"group_rows": 0}, "moe.group_rows is 0; it must be at least 1 row"),
+        ({"group_rows": 0}, "moe.group_rows is 0; it must be at least 1"),
         ({"group_size": 8, "group_rows": 2}, "which both say how large a group is"),
     ],
 )

@@ -197,7 +197,7 @@ def test_blocks_are_cut_into_the_fewest_periods(experts, expected):
         ({"attention": MultiHeadLatent(rotary_width=3)}, "rotary_width is 3; rotary positions need an even"),
         ({"attention": MultiHeadLatent(kv_rank=0)}, "kv_rank is 0; it must be at least 1"),
         ({"embedding_scaling": EmbeddingScaling.LOGITS}, "embedding_scaling is logits, but model.tied is false"),
-        ({"init_deviation": -0.1}, "init_deviation is -0.1; it must not be negative"),
+        ({"init_deviation": -0.1}, "init_deviation is -0.1; it must be at least 0"),
     ],
 )  # fmt: skip
 def test_impossible_forms_are_refused(change, message):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.errors import UserError
+from moe_jax.component import field
 from moe_jax.models.interface import ModelConfig
 from moe_jax.models.mixtures import tree
 from moe_jax.models.mixtures.mixture import Link
@@ -27,9 +27,9 @@ class BackpropagationConfig(ModelConfig):
       init_range: weights and biases are uniform between this and its negative.
     """
 
-    num_inputs: int = 2
-    num_hidden: int = 6
-    num_outputs: int = 1
+    num_inputs: int = field(2, at_least=1)
+    num_hidden: int = field(6, at_least=1)
+    num_outputs: int = field(1, at_least=1)
     link: Link = Link.IDENTITY
     init_range: float = 0.5
 
@@ -44,9 +44,7 @@ class BackpropagationConfig(ModelConfig):
 
     def validate(self) -> None:
         """Raises UserError for a network that could not be built."""
-        for name in ("num_inputs", "num_hidden", "num_outputs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
+        self.check_ranges("model")
 
     def build(self, key: jax.Array) -> "BackpropagationNetwork":
         """Creates the network with freshly drawn parameters."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.models.interface import ModelConfig
 from moe_jax.models.mixtures import tree
@@ -39,12 +40,12 @@ class MixtureConfig(ModelConfig):
       init_range: weights and biases are uniform between this and its negative.
     """
 
-    num_inputs: int = 2
-    num_outputs: int = 1
+    num_inputs: int = field(2, at_least=1)
+    num_outputs: int = field(1, at_least=1)
     branches: tuple[int, ...] = (4,)
     link: Link = Link.IDENTITY
     deviations: bool = False
-    init_range: float = 0.5
+    init_range: float = field(0.5, above=0)
 
     @property
     def num_experts(self) -> int:
@@ -62,15 +63,11 @@ class MixtureConfig(ModelConfig):
 
     def validate(self) -> None:
         """Raises UserError for a mixture that could not be built."""
-        for name in ("num_inputs", "num_outputs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
+        self.check_ranges("model")
         if not self.branches or min(self.branches) < 1:
             raise UserError(
                 f"model.branches is {self.branches}; give the branches of each level, such as (4,)."
             )
-        if not self.init_range > 0:
-            raise UserError(f"model.init_range is {self.init_range}; it must be above 0.")
 
     def build(self, key: jax.Array) -> "Mixture":
         """Creates the mixture with freshly drawn parameters."""
