@@ -126,6 +126,8 @@ def check_types(config: Any, path: str = "config") -> None:
             _check_instance(name, value, tuple)
             for i, item in enumerate(value):
                 _check_instance(f"{name}[{i}]", item, typing.get_args(hint)[0])
+                if dataclasses.is_dataclass(item):
+                    check_types(item, f"{name}[{i}]")
     if isinstance(config, component.Component):
         config.check_ranges(path)
 

@@ -7,6 +7,7 @@ import pytest
 import moe_jax as moe
 from moe_jax import configuration
 from moe_jax.component import Component, Range, field
+from moe_jax.models.stack import MoERule
 from moe_jax.training.optimizers import SGD
 from tests.tiny import tiny_config
 
@@ -65,6 +66,13 @@ def test_every_float_of_a_run_refuses_infinity_and_nan():
             with pytest.raises(moe.UserError, match=rf"{path}.{name} is -?(inf|nan); it must be"):
                 config.validate()
         setattr(part, name, before)
+
+
+def test_components_in_tuples_are_checked_too():
+    config = tiny_config("")
+    config.model.moe_rules = (MoERule((1,), moe.MoEConfig(expert_dropout=2.0)),)
+    with pytest.raises(moe.UserError, match=r"model.moe_rules\[0\].moe.expert_dropout is 2.0"):
+        config.validate()
 
 
 def test_a_component_alone_checks_its_own_ranges():

@@ -130,7 +130,8 @@ def _encoded(model: EncoderDecoder, inputs: jax.Array, mask: jax.Array, new_toke
 def encoder_mode(config: EncoderDecoderConfig) -> Mode:
     """No token of an input is dropped, unless experts choose among those of whole groups."""
     encoder = config.encoder
-    return Mode.DECODE if not encoder.sparse or encoder.moe.router.tokens_choose else Mode.EVALUATE
+    tokens_choose = all(moe.router.tokens_choose for moe in encoder.moe_settings)
+    return Mode.DECODE if tokens_choose else Mode.EVALUATE
 
 
 def _repeated(cache: Cache, width: int) -> Cache:

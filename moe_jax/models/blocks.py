@@ -18,7 +18,7 @@ from moe_jax.layers.cross_attention import CrossAttention
 from moe_jax.layers.dropout import dropout
 from moe_jax.layers.feed_forward import FeedForward
 from moe_jax.layers.mode import Mode
-from moe_jax.layers.moe import MoE, MoEReport, TokenInfo
+from moe_jax.layers.moe import MoE, MoEConfig, MoEReport, TokenInfo
 from moe_jax.layers.normalization import LayerNorm, RMSNorm, make_norm
 from moe_jax.parallel.sharding import constrain
 
@@ -166,9 +166,24 @@ class Block(nnx.Module):
     """Self-attention, cross-attention if there is a memory, and a feed-forward layer or a MoE."""
 
     def __init__(
-        self, config: "StackConfig", num_experts: int, causal: bool, cross: bool, key: jax.Array
+        self,
+        config: "StackConfig",
+        moe: MoEConfig,
+        num_experts: int,
+        causal: bool,
+        cross: bool,
+        key: jax.Array,
     ) -> None:
-        """Draws the parameters; `num_experts` 0 makes a dense block."""
+        """Draws the parameters.
+
+        Args:
+          config: of the stack.
+          moe: of this block's MoE.
+          num_experts: E; 0 makes a dense block.
+          causal: tokens see themselves and earlier ones only.
+          cross: the block also attends to a memory.
+          key: PRNG key.
+        """
         attention_key, mlp_key = jax.random.split(key)
         width, scale = config.width, config.scale
         heads = (config.num_heads, config.head_width)
@@ -191,7 +206,7 @@ class Block(nnx.Module):
         self.mlp: MoE | FeedForward
         if num_experts:
             expert_width = config.expert_width or config.mlp_width
-            self.mlp = MoE(config.moe, width, expert_width, num_experts, scale, mlp_key)
+            self.mlp = MoE(moe, width, expert_width, num_experts, scale, mlp_key)
         else:
             self.mlp = _feed_forward(config, mlp_key)
         has_dense = num_experts and config.sparse_dense != SparseDense.NONE

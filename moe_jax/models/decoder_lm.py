@@ -59,7 +59,8 @@ class DecoderLMConfig(StackConfig, ModelConfig):
         check_tied(self.embedding_scaling, self.tied)
         if self.sparse and not self.bidirectional and not self.accept_leak:
             remedies = f", a bidirectional model, or accept it with {path}.accept_leak=true"
-            check_no_leak(self.moe.router, f"{path}.moe.router", remedies)
+            for moe in self.moe_settings:
+                check_no_leak(moe.router, f"{path}.moe.router", remedies)
 
     def build(self, key: jax.Array) -> "DecoderLM":
         """Creates the model with freshly drawn parameters."""

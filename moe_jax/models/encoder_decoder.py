@@ -91,7 +91,8 @@ class EncoderDecoderConfig(ModelConfig):
         check_tied(self.embedding_scaling, self.tied)
         if self.decoder.sparse and not self.accept_leak:
             remedies = f", or accept it with {path}.accept_leak=true"
-            check_no_leak(self.decoder.moe.router, f"{path}.decoder.moe.router", remedies)
+            for moe in self.decoder.moe_settings:
+                check_no_leak(moe.router, f"{path}.decoder.moe.router", remedies)
 
     def build(self, key: jax.Array) -> "EncoderDecoder":
         """Creates the model with freshly drawn parameters."""

@@ -78,6 +78,11 @@ class RecurrentLMConfig(ModelConfig):
         return [1] if self.sparse else []
 
     @property
+    def moe_settings(self) -> list[MoEConfig]:
+        """The settings that some MoE has, each once."""
+        return [self.moe] if self.sparse else []
+
+    @property
     def experts_of_layers(self) -> list[int]:
         """Number of experts of each MoE layer."""
         return [self.num_experts] if self.sparse else []

@@ -81,6 +81,11 @@ class RecurrentTranslatorConfig(ModelConfig):
         return ["encoder/1", "decoder/1"] if self.sparse else []
 
     @property
+    def moe_settings(self) -> list[MoEConfig]:
+        """The settings that some MoE has, each once."""
+        return [self.moe] if self.sparse else []
+
+    @property
     def experts_of_layers(self) -> list[int]:
         """Number of experts of each MoE layer."""
         return [self.num_experts] * len(self.moe_layers)

@@ -57,11 +57,13 @@ class Stage:
       first: index of its first block.
       experts: E of each block of the period, 0 for dense ones; at most one block has a MoE.
       count: how often the period is repeated.
+      rule: index of the rule in `StackConfig.moe_rules` that its MoE follows; -1 for `moe`.
     """
 
     first: int
     experts: tuple[int, ...]
     count: int
+    rule: int = -1
 
     @property
     def moe_blocks(self) -> list[int]:
@@ -75,29 +77,47 @@ class Stage:
         ]
 
 
-def stages_of(experts: Sequence[int]) -> list[Stage]:
+def stages_of(experts: Sequence[int], rules: Sequence[int] = ()) -> list[Stage]:
     """Cuts blocks into stages such that the periods have the fewest blocks in all.
 
     Args:
       experts: E of each block, 0 for dense ones.
+      rules: of each block, see `Stage.rule`; empty for -1 everywhere.
     """
+    kinds = list(zip(experts, rules or [-1] * len(experts), strict=True))
     # Best cut of the blocks from each one on: (blocks to trace, stages).
     best: dict[int, tuple[int, list[Stage]]] = {len(experts): (0, [])}
     for first in reversed(range(len(experts))):
         cuts = []
         for length in range(1, len(experts) - first + 1):
-            period = tuple(experts[first : first + length])
-            if sum(num_experts > 0 for num_experts in period) > 1:
+            period = kinds[first : first + length]
+            of_moes = [rule for num_experts, rule in period if num_experts]
+            if len(of_moes) > 1:
                 break
+            rule = of_moes[0] if of_moes else -1
             count, stop = 0, first
-            while tuple(experts[stop : stop + length]) == period:
+            while kinds[stop : stop + length] == period:
                 count, stop = count + 1, stop + length
                 traced, rest = best[stop]
-                cuts.append((length + traced, len(rest), [Stage(first, period, count), *rest]))
+                stage = Stage(first, tuple(num_experts for num_experts, _ in period), count, rule)
+                cuts.append((length + traced, len(rest), [stage, *rest]))
         # Of equal cuts the one with fewer stages, and then the longer first stage.
         traced, _, stages = min(cuts, key=lambda cut: (cut[0], cut[1], -cut[2][0].count))
         best[first] = (traced, stages)
     return best[0][1]
+
+
+@dataclasses.dataclass
+class MoERule(Component):
+    """Other MoE settings for some blocks (hash routing in the first layers, more experts per token).
+
+    Attributes:
+      blocks: indices of the blocks it is for, which have a MoE.
+      moe: their settings; groups are those of `StackConfig.moe`.
+    """
+
+    blocks: tuple[int, ...] = ()
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
 
 
 @dataclasses.dataclass
@@ -121,6 +141,8 @@ class StackConfig(Component):
       moe_every: every n-th block has a MoE in place of the feed-forward layer; 0 for a dense model.
       moe_at: indices of the blocks that have a MoE, in place of `moe_every`.
       moe: how tokens are routed.
+      moe_rules: other settings for some of the blocks that have a MoE; the last rule that names a
+        block counts.
       sparse_dense: a dense feed-forward layer beside each MoE.
       dropout: rate on embeddings, on each block's outputs and inside dense feed-forward layers.
       init_scale: s of the truncated normal with variance s / fan_in.
@@ -154,6 +176,7 @@ class StackConfig(Component):
     remat: Remat = Remat.NONE
     unroll: bool = False
     block: BlockForm = dataclasses.field(default_factory=PreNorm)
+    moe_rules: tuple[MoERule, ...] = ()
 
     @property
     def sparse(self) -> bool:
@@ -173,11 +196,32 @@ class StackConfig(Component):
         """Number of experts of each MoE layer."""
         return list(self.experts_by_layer) or [self.num_experts] * len(self.moe_layers)
 
+    def rule_of(self, block: int) -> int:
+        """Index of the rule that a block's MoE follows; -1 for `moe`."""
+        return max((i for i, rule in enumerate(self.moe_rules) if block in rule.blocks), default=-1)
+
+    def moe_of(self, rule: int) -> MoEConfig:
+        """The settings of the MoEs that follow a rule, with the groups of `moe`."""
+        if rule < 0:
+            return self.moe
+        shared = self.moe
+        return dataclasses.replace(
+            self.moe_rules[rule].moe, group_size=shared.group_size, group_rows=shared.group_rows
+        )
+
+    @property
+    def moe_settings(self) -> list[MoEConfig]:
+        """The settings that some block's MoE has, each once."""
+        return [self.moe_of(rule) for rule in sorted({self.rule_of(b) for b in self.moe_layers})]
+
     @property
     def stages(self) -> list[Stage]:
         """How the blocks repeat."""
         experts = dict(zip(self.moe_layers, self.experts_of_layers, strict=True))
-        return stages_of([experts.get(block, 0) for block in range(self.num_layers)])
+        blocks = range(self.num_layers)
+        of_blocks = [experts.get(block, 0) for block in blocks]
+        rules = [self.rule_of(block) if experts.get(block, 0) else -1 for block in blocks]
+        return stages_of(of_blocks, rules)
 
     @property
     def scale(self) -> Scale:
@@ -212,7 +256,7 @@ class StackConfig(Component):
         if self.sparse:
             self._validate_moe(path)
             return
-        for name in ("experts_by_layer", "sparse_dense"):
+        for name in ("experts_by_layer", "sparse_dense", "moe_rules"):
             if getattr(self, name) != getattr(StackConfig(), name):
                 raise UserError(
                     f"{path}.{name} is {getattr(self, name)}, but {path}.moe_every is 0 and makes a "
@@ -236,8 +280,26 @@ class StackConfig(Component):
             raise UserError(
                 f"{path}.{name} is {getattr(self, name)}; it must be at least 1 everywhere."
             )
-        for num_experts in sorted(set(self.experts_of_layers)):
-            self.moe.validate(num_experts)
+        for i, rule in enumerate(self.moe_rules):
+            self._validate_rule(f"{path}.moe_rules[{i}]", rule)
+        for block, num_experts in zip(self.moe_layers, self.experts_of_layers, strict=True):
+            self.moe_of(self.rule_of(block)).validate(num_experts)
+
+    def _validate_rule(self, name: str, rule: MoERule) -> None:
+        dense = sorted(set(rule.blocks) - set(self.moe_layers))
+        if dense or not rule.blocks:
+            raise UserError(
+                f"{name}.blocks is {rule.blocks}; it must name some of the blocks that have a MoE, "
+                f"{self.moe_layers}."
+            )
+        ours, default = rule.moe, MoEConfig()
+        for field_name in ("group_size", "group_rows"):
+            value, shared = getattr(ours, field_name), getattr(self.moe, field_name)
+            if value not in (shared, getattr(default, field_name)):
+                raise UserError(
+                    f"{name}.moe.{field_name} is {value}, but all layers route in the same groups, "
+                    f"and moe.{field_name} is {shared}; leave it out."
+                )
 
     def _has_blocks(self, blocks: Sequence[int]) -> bool:
         return blocks[0] >= 0 and blocks[-1] < self.num_layers
@@ -251,7 +313,7 @@ class Period(nnx.Module):
     ) -> None:
         keys = jax.random.split(key, len(stage.experts))
         self.blocks = nnx.List(
-            Block(config, num_experts, causal, cross, k)
+            Block(config, config.moe_of(stage.rule), num_experts, causal, cross, k)
             for num_experts, k in zip(stage.experts, keys, strict=True)
         )
 

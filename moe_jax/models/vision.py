@@ -27,7 +27,6 @@ from moe_jax.models.interface import ModelConfig
 from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.parallel.sharding import constrain
 from moe_jax.routing.capacity import Capacity, CapacityRule
-from moe_jax.routing.fixed import HashRouter
 from moe_jax.routing.token_choice import VMoE
 
 
@@ -118,9 +117,9 @@ class VisionConfig(StackConfig, ModelConfig):
                 f"{path}.patch_size is {self.patch_size}, which does not divide "
                 f"{path}.image_size={self.image_size}; change one of them."
             )
-        if self.sparse and isinstance(self.moe.router, HashRouter):
+        if any(moe.router.reads_token_ids for moe in self.moe_settings):
             raise UserError(
-                f"{path}.moe.router is HashRouter, which routes by token ids, and patches have none; "
+                f"{path}.moe.router is one that routes by token ids, and patches have none; "
                 "use another router."
             )
 
@@ -318,7 +317,12 @@ def resized(
         )
     new = dataclasses.replace(config, image_size=image_size)
     if config.sparse and images:
-        new.moe = dataclasses.replace(config.moe, group_size=images * new.num_tokens)
+        group_size = images * new.num_tokens
+        new.moe = dataclasses.replace(config.moe, group_size=group_size)
+        new.moe_rules = tuple(
+            dataclasses.replace(rule, moe=dataclasses.replace(rule.moe, group_size=0))
+            for rule in config.moe_rules
+        )
     new.validate()
     table = resized_positions(
         parameters["positions"]["table"], config.grid, new.grid, interpolation

@@ -119,7 +119,7 @@ class ImageClassification(Task):
         _, reports = model(pixels(batch["image"]), mask, Mode.OBSERVE)
         info = model.token_info(len(mask), mask)
         return observed_layers(
-            config.moe_layers, reports, info, batch["domain"], config.moe, vocab_size=0
+            config.moe_layers, reports, info, batch["domain"], config.moe_settings, vocab_size=0
         )
 
     def class_losses(self, logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:

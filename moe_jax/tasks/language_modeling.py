@@ -40,6 +40,10 @@ class TextModelConfig(Protocol):
         """See `moe_jax.models.interface.ModelConfig`."""
 
     @property
+    def moe_settings(self) -> list[MoEConfig]:
+        """The settings that some MoE has, each once."""
+
+    @property
     def experts_of_layers(self) -> list[int]:
         """Number of experts of each MoE layer."""
 
@@ -95,8 +99,9 @@ class TextTask(Task):
         tokens = self.evaluation_tokens(batch)
         info = TokenInfo.of(tokens, batch["mask"])
         _, reports, _ = model(tokens, info.mask, Mode.OBSERVE)
+        settings, domain = config.moe_settings, batch["domain"]
         return observed_layers(
-            config.moe_layers, reports, info, batch["domain"], config.moe, config.vocab_size
+            config.moe_layers, reports, info, domain, settings, config.vocab_size
         )
 
 
@@ -118,10 +123,11 @@ class LanguageModeling(TextTask):
         super().validate(model, data)
         self.check_ranges("task")
         experts = max(model.experts_of_layers, default=0)
-        if self.consistency_weight and model.moe_layers and model.moe.router.init_state(experts):
+        stateful = [moe.router for moe in model.moe_settings if moe.router.init_state(experts)]
+        if self.consistency_weight and stateful:
             raise UserError(
                 f"task.consistency_weight is {self.consistency_weight}, which runs the model twice a "
-                f"step, and {type(model.moe.router).__name__} moves its expert bias in every run; "
+                f"step, and {type(stateful[0]).__name__} moves its expert bias in every run; "
                 "use another router or consistency_weight=0."
             )
         if isinstance(model, DecoderLMConfig) and model.bidirectional:

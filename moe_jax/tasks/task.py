@@ -158,7 +158,7 @@ def observed_layers(
     reports: Sequence[MoEReport],
     info: TokenInfo,
     domain: jax.Array,
-    moe: MoEConfig,
+    settings: Sequence[MoEConfig],
     vocab_size: int,
 ) -> dict[int | str, ObservedLayer]:
     """What layers that saw the same tokens report of them, for `Task.observe`.
@@ -168,20 +168,20 @@ def observed_layers(
       reports: of a call in Mode.OBSERVE, each with a leading axis over its layers.
       info: of the tokens, [B, L].
       domain: [B] int32, the tokens' labels.
-      moe: of these layers.
+      settings: that these layers have, with equal groups.
       vocab_size: token ids there can be.
     """
     labels = jnp.broadcast_to(domain[:, None], info.mask.shape)
     tokens = RoutedTokens(info.mask, info.token_ids, info.positions, info.sequence_ids, labels)
-    grouped = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, moe.for_rows(info.mask.shape[1]).group_size), tokens
-    )
+    length = info.mask.shape[1]
+    group_size = settings[0].for_rows(length).group_size if settings else length
+    grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, group_size), tokens)
     routings = [
         jax.tree.map(lambda leaf, i=i: leaf[i], report.routing)
         for report in reports
         for i in range(len(report.statistics["load"]))
     ]
-    length, largest_gate = info.mask.shape[1], moe.router.largest_gate
+    largest_gate = max((moe.router.largest_gate for moe in settings), default=1.0)
     return {
         name: ObservedLayer(routing, grouped, length, vocab_size, largest_gate)
         for name, routing in zip(names, routings, strict=True)

@@ -75,11 +75,12 @@ class TextToText(Task):
 
     def _check_stateless(self, model: TextToTextModel) -> None:
         for stack in ("encoder", "decoder"):
-            field, moe = _moe_of(model, stack)
-            if _layers_of(model, stack) and moe.router.init_state(1):
+            path, settings = _moe_of(model, stack)
+            stateful = [moe.router for moe in settings if moe.router.init_state(1)]
+            if stateful:
                 raise UserError(
                     f"task.consistency_weight is {self.consistency_weight}, which runs the model "
-                    f"twice a step, and {field}.router {type(moe.router).__name__} moves its expert "
+                    f"twice a step, and {path}.router {type(stateful[0]).__name__} moves its expert "
                     "bias in every run; use another router or consistency_weight=0."
                 )
 
@@ -90,9 +91,10 @@ class TextToText(Task):
         lengths = {"encoder": data.input_length, "decoder": data.target_length}
         groups = []
         for stack, length in lengths.items():
-            field, moe = _moe_of(model, stack)
-            if _layers_of(model, stack):
-                groups.append((f"{field}.group_size", length, moe.for_rows(length).group_size))
+            path, settings = _moe_of(model, stack)
+            if settings:
+                size = settings[0].for_rows(length).group_size
+                groups.append((f"{path}.group_size", length, size))
         return groups
 
     def training_loss(self, model: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -149,8 +151,8 @@ class TextToText(Task):
             names = _layers_of(config, stack)
             info = dataclasses.replace(TokenInfo.of(tokens), mask=mask)
             own, reports = _first_layers(reports, len(names))
-            _, moe = _moe_of(config, stack)
-            observed |= observed_layers(names, own, info, batch["domain"], moe, vocab_size)
+            _, settings = _moe_of(config, stack)
+            observed |= observed_layers(names, own, info, batch["domain"], settings, vocab_size)
         return observed
 
 
@@ -182,12 +184,12 @@ def _layers_of(model: TextToTextModel, stack: str) -> list[str]:
     return [name for name in model.moe_layers if name.startswith(f"{stack}/")]
 
 
-def _moe_of(model: TextToTextModel, stack: str) -> tuple[str, MoEConfig]:
-    """The config field of what routes in a stack, and its value."""
+def _moe_of(model: TextToTextModel, stack: str) -> tuple[str, list[MoEConfig]]:
+    """The config field of what routes in a stack, and the settings of its layers."""
     if isinstance(model, RecurrentTranslatorConfig):
-        return "model.moe", model.moe
+        return "model.moe", model.moe_settings
     config = model.encoder if stack == "encoder" else model.decoder
-    return f"model.{stack}.moe", config.moe
+    return f"model.{stack}.moe", config.moe_settings
 
 
 def _first_layers(

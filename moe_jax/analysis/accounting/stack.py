@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from moe_jax.analysis.accounting.costs import count
+from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.stack import StackConfig
 from moe_jax.routing.soft import SoftMoE
 
@@ -87,9 +88,10 @@ def of_stack(config: StackConfig, shapes: Any) -> StackCost:
                 mlp = dict(mlp)
                 router = mlp.pop("router", {})
                 of_experts = {name: mlp.pop(name) for name in list(mlp) if name[1] == "_"}
-                layer = _experts(config, num_experts, stage.count, of_experts)
+                moe = config.moe_of(stage.rule)
+                layer = _experts(moe, num_experts, stage.count, of_experts)
                 experts += [layer] * stage.count
-                routers += products_with(router) + stage.count * _mixing(config, layer)
+                routers += products_with(router) + stage.count * _mixing(config.width, moe, layer)
             block["mlp"] = mlp
             cross = block.pop("cross_attention", None) or {}
             memory_products += count(cross.get("key_value", {}))
@@ -102,8 +104,7 @@ def of_stack(config: StackConfig, shapes: Any) -> StackCost:
     return StackCost(products, memory_products, routers, tuple(experts), scores, memory_scores)
 
 
-def _experts(config: StackConfig, num_experts: int, layers: int, shapes: Any) -> Experts:
-    moe = config.moe
+def _experts(moe: MoEConfig, num_experts: int, layers: int, shapes: Any) -> Experts:
     slots = moe.slots(num_experts, train=True)
     return Experts(
         num_experts,
@@ -114,11 +115,11 @@ def _experts(config: StackConfig, num_experts: int, layers: int, shapes: Any) ->
     )
 
 
-def _mixing(config: StackConfig, layer: Experts) -> float:
+def _mixing(width: int, moe: MoEConfig, layer: Experts) -> float:
     """Multiply-adds for each token of Soft MoE's two mixtures, each of S * E * P * d for a group."""
-    if not isinstance(config.moe.router, SoftMoE):
+    if not isinstance(moe.router, SoftMoE):
         return 0.0
-    return 2 * config.width * layer.rows * config.moe.group_size
+    return 2 * width * layer.rows * moe.group_size
 
 
 def products_with(shapes: Any) -> int:

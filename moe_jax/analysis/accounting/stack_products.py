@@ -48,21 +48,26 @@ def of_stack(config: StackConfig, shapes: Any, rows: Rows, machine: Machine) -> 
         sublayers: list[Sublayer] = []
         for num_experts, block in zip(stage.experts, period["blocks"].values(), strict=True):
             one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), block)
-            sublayers += _of_block(config, num_experts, one, rows, machine)
+            sublayers += _of_block(config, stage.rule, num_experts, one, rows, machine)
         repeated = [[product.times(stage.count) for product in layer] for layer in sublayers]
         total += cost(repeated, config.remat)
     return total
 
 
 def _of_block(
-    config: StackConfig, num_experts: int, shapes: Mapping[str, Any], rows: Rows, machine: Machine
+    config: StackConfig,
+    rule: int,
+    num_experts: int,
+    shapes: Mapping[str, Any],
+    rows: Rows,
+    machine: Machine,
 ) -> list[Sublayer]:
     """The sublayers of a block, each of which is added to the residual stream, in their order."""
     sublayers: list[Sublayer] = [_of_attention(config, shapes["attention"], rows, machine)]
     if "cross_attention" in shapes:
         sublayers.append(_of_cross_attention(config, shapes["cross_attention"], rows, machine))
     mlp: Sublayer = (
-        of_moe(config.moe, num_experts, shapes["mlp"], rows.tokens, machine)
+        of_moe(config.moe_of(rule), num_experts, shapes["mlp"], rows.tokens, machine)
         if num_experts
         else feed_forward(shapes["mlp"], rows.tokens, residual=True)
     )

@@ -19,6 +19,7 @@ _TRAINING = {
     "expert_dropout",
     "exploration",
     "exploration_rate",
+    "group_rows",
     "group_size",
     "head_bias",
     "init_deviation",
