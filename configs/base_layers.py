@@ -24,10 +24,10 @@ from moe_jax.layers.normalization import Norm
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.models.stack import ComputeDtype, SparseDense
 from moe_jax.published import Published, Quantity
-from moe_jax.routing.assignment import Router
 from moe_jax.routing.balanced import BASE
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.losses import Losses
+from moe_jax.routing.router import Router
 from moe_jax.routing.token_choice import TopK
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.optimizers import AdamW

@@ -50,8 +50,8 @@ from moe_jax.models.recurrent_lm import RecurrentLMConfig
 from moe_jax.models.recurrent_translator import RecurrentTranslatorConfig
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.published import Published, Quantity
-from moe_jax.routing.assignment import Router
 from moe_jax.routing.noisy_top_k import HierarchicalNoisyTopK, NoisyTopK
+from moe_jax.routing.router import Router
 from moe_jax.tasks.text_to_text import TextToText
 from moe_jax.training.experiment import Checkpointing, Evaluation, Experiment, Logging
 from moe_jax.training.optimizers import Adafactor, AdamW, Optimizer, Schedule

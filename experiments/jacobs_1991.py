@@ -31,7 +31,7 @@ from moe_jax.analysis import mixture_figures
 from moe_jax.data.sources import prepare_dataset
 from moe_jax.data.tables import Table, TableData
 from moe_jax.errors import UserError
-from moe_jax.models.definition import ModelDefinition, numbers_of
+from moe_jax.models.abstract_model import AbstractModel, arrays_of
 from moe_jax.models.mixtures.backpropagation import BackpropagationConfig
 from moe_jax.models.mixtures.mixture import MixtureConfig, MixtureOutput
 from moe_jax.models.mixtures.objectives import Objective, errors, squared_errors
@@ -72,24 +72,24 @@ class System:
     published: tuple[float, ...] = ()
 
     @functools.cached_property
-    def definition(self) -> ModelDefinition:
+    def abstract_model(self) -> AbstractModel:
         """The model without its numbers."""
-        return ModelDefinition.of(self.config)
+        return AbstractModel.of(self.config)
 
     def draw(self, seed: int | jax.Array) -> Any:
         """Initial parameters."""
-        return numbers_of(self.config.build(jax.random.key(seed)))[0]
+        return arrays_of(self.config.build(jax.random.key(seed)))[0]
 
     def outputs(self, parameters: Any, inputs: jax.Array) -> jax.Array:
         """[B, 1] predictions."""
-        output = self.definition.merge(parameters)(inputs)
+        output = self.abstract_model.merge(parameters)(inputs)
         return output.blended if isinstance(output, MixtureOutput) else output
 
     def error(
         self, parameters: Any, inputs: jax.Array, targets: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The mean error that is minimized, and the mean squared error of the predictions."""
-        output = self.definition.merge(parameters)(inputs)
+        output = self.abstract_model.merge(parameters)(inputs)
         if isinstance(output, MixtureOutput):
             squared = squared_errors(output.blended, targets).mean()
             return errors(self.objective, output, targets).mean(), squared
@@ -190,7 +190,7 @@ def trajectory(system: System, table: Table) -> mixture_figures.Trajectory:
         return jax.tree.map(lambda p, g: p - _DRAWN_RATE * g, parameters, gradient)
 
     def record(parameters: Any, _: None) -> tuple[Any, tuple[jax.Array, ...]]:
-        model = system.definition.merge(parameters)
+        model = system.abstract_model.merge(parameters)
         numbers, output = model.tree, model(inputs)
         kept = (numbers.experts[:, :, 0], numbers.gates[0][0], jnp.exp(output.log_proportions))
         return jax.lax.fori_loop(0, _BETWEEN_RECORDS, epoch, parameters), kept

@@ -35,7 +35,7 @@ from moe_jax.analysis import mixture_figures
 from moe_jax.data.robot_arm import RobotArm
 from moe_jax.data.tables import Table
 from moe_jax.errors import UserError
-from moe_jax.models.definition import ModelDefinition, numbers_of
+from moe_jax.models.abstract_model import AbstractModel, arrays_of
 from moe_jax.models.mixtures import em, tree
 from moe_jax.models.mixtures.backpropagation import BackpropagationConfig
 from moe_jax.models.mixtures.em import GateFit
@@ -133,7 +133,7 @@ class GradientDescent:
     """
 
     def __init__(self, config: Model, tables: dict[str, Table]) -> None:
-        self._config, definition = config, ModelDefinition.of(config)
+        self._config, abstract_model = config, AbstractModel.of(config)
         (inputs, targets), test = (
             (jnp.asarray(table.inputs), jnp.asarray(table.targets))
             for table in (tables["train"], tables["test"])
@@ -141,13 +141,13 @@ class GradientDescent:
         self._momentum = optax.trace(MOMENTUM)
 
         def error(parameters: Any) -> jax.Array:
-            output = definition.merge(parameters)(inputs)
+            output = abstract_model.merge(parameters)(inputs)
             if isinstance(output, MixtureOutput):
                 return errors(Objective.COMPETITIVE, output, targets).mean()
             return squared_errors(output, targets).mean()
 
         def relative(parameters: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-            output = definition.merge(parameters)(inputs)
+            output = abstract_model.merge(parameters)(inputs)
             blended = output.blended if isinstance(output, MixtureOutput) else output
             return relative_error(blended, targets)
 
@@ -164,7 +164,7 @@ class GradientDescent:
 
     def __call__(self, rate: float, seed: int, epochs: int) -> Curve:
         """One run."""
-        parameters = numbers_of(self._config.build(jax.random.key(seed)))[0]
+        parameters = arrays_of(self._config.build(jax.random.key(seed)))[0]
         state = parameters, self._momentum.init(parameters)
         curve: Curve = {"epochs": [], "train": [], "test": []}
         for record in tqdm(range(epochs // _BETWEEN_RECORDS), desc=f"rate {rate:g}", leave=False):

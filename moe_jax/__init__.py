@@ -14,7 +14,7 @@ with _epy.lazy_api_imports(globals()):
     from moe_jax.layers.mode import Mode
 
     # Routers, and what a router of one's own is made of.
-    from moe_jax.routing.assignment import Mean, Router, RouterInputs
+    from moe_jax.routing.router import Mean, Router, RouterInputs
     from moe_jax.routing.balanced import BASE
     from moe_jax.routing.capacity import Capacity, CapacityRule
     from moe_jax.routing.deepseek import DeepSeekV3

@@ -103,7 +103,7 @@ def test_a_tag_that_is_no_text_is_refused(tag):
 @pytest.mark.parametrize(
     "tree",
     [
-        {"type": "moe_jax.routing.assignment:Router"},
+        {"type": "moe_jax.routing.router:Router"},
         {"type": "moe_jax.models.interface:ModelConfig"},
         {"type": "moe_jax.component:Component", "x": 1},
     ],

@@ -15,7 +15,7 @@ from moe_jax.layers.latent_attention import MultiHeadLatent
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.models.stack import ComputeDtype, Remat
-from moe_jax.routing.assignment import Router
+from moe_jax.routing.router import Router
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.optimizers import AdamW
 from moe_jax.training.schedules import Schedule

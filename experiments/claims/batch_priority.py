@@ -71,7 +71,7 @@ def accuracy_by_capacity(trained: Trained) -> dict[str, list[float]]:
 
     def accuracy(order: ServiceOrder, factor: float) -> float:
         run = with_changes(trained, at_capacity(order, factor)).run
-        step = jax.jit(evaluation_step(run.definition, run.config.task, len(data.domains)))
+        step = jax.jit(evaluation_step(run.abstract_model, run.config.task, len(data.domains)))
         with jax.set_mesh(run.mesh):
             sums = [
                 jax.device_get(step(trained.parameters, trained.variables, batch)["accuracy"])
@@ -106,7 +106,7 @@ def unserved(trained: Trained, batch: dict[str, np.ndarray]) -> np.ndarray:
 
     @jax.jit
     def observe(parameters: Any, variables: Any, batch: Any) -> ObservedLayer:
-        layers = run.config.task.observe(run.definition.merge(parameters, variables), batch)
+        layers = run.config.task.observe(run.abstract_model.merge(parameters, variables), batch)
         return layers[model.moe_layers[0]]
 
     with jax.set_mesh(run.mesh):

@@ -29,8 +29,8 @@ from moe_jax.reproduction.claim import (
 from moe_jax.reproduction.measurements import test_split, test_split_with
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
-from moe_jax.routing.assignment import RouterInputs
 from moe_jax.routing.losses import Losses
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.token_choice import TopK
 from moe_jax.training.run import Run
 from moe_jax.training.trained import Trained

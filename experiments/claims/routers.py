@@ -13,9 +13,9 @@ from moe_jax.analysis.figures import DENSE, NEUTRAL, SPARSE
 from moe_jax.reproduction.claim import Claim, Profile, Side, Table, read_config
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
-from moe_jax.routing.assignment import Router
 from moe_jax.routing.balanced import BASE, Solver
 from moe_jax.routing.fixed import HashKind, HashRouter, UniformRandom
+from moe_jax.routing.router import Router
 
 DENSE_TWIN, SWITCH, RANDOM = "dense", "Switch", "random for each token"
 HASH_RANDOM, HASH_MODULO = "hash, random table", "hash, id mod E"

@@ -16,9 +16,9 @@ from moe_jax.reproduction.claim import TEST, Claim, Measurement, Profile, Side, 
 from moe_jax.reproduction.few_shot import few_shot
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
-from moe_jax.routing.assignment import Router
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.expert_choice import ExpertChoice
+from moe_jax.routing.router import Router
 from moe_jax.routing.service import ServiceOrder
 from moe_jax.routing.soft import SoftMoE, SoftVariant
 from moe_jax.routing.token_choice import VMoE

@@ -11,7 +11,7 @@ from typing import Any
 from moe_jax.analysis.accounting.costs import Accounting, count
 from moe_jax.analysis.accounting.families import account, operations_per_timestep
 from moe_jax.data.interface import DataConfig
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.interface import ModelConfig
 from moe_jax.published import Published, Quantity
 
@@ -83,7 +83,7 @@ def _compute(quantity: Quantity, model: Any, data: DataConfig, counted: Accounti
         case Quantity.PARAMETERS_WITHOUT_EMBEDDINGS:
             return counted.parameters - _embeddings(model)
         case Quantity.PARAMETERS_OF_BLOCKS:
-            return count(ModelDefinition.of(model).shapes["stack"])
+            return count(AbstractModel.of(model).shapes["stack"])
         case Quantity.ACTIVATED:
             return counted.activated_parameters
         case Quantity.ACTIVATED_WITHOUT_INPUT:
@@ -101,11 +101,11 @@ def _compute(quantity: Quantity, model: Any, data: DataConfig, counted: Accounti
 
 
 def _tokens(model: Any) -> Any:
-    return ModelDefinition.of(model).shapes["tokens"]
+    return AbstractModel.of(model).shapes["tokens"]
 
 
 def _embeddings(model: Any) -> int:
-    shapes = ModelDefinition.of(model).shapes
+    shapes = AbstractModel.of(model).shapes
     return count({name: shapes[name] for name in ("tokens", "positions") if name in shapes})
 
 

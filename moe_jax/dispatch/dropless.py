@@ -27,7 +27,7 @@ from moe_jax.dispatch.interface import Dispatch, Experts, row_experts
 from moe_jax.dispatch.varying import varying_alike
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import platform_in_force
-from moe_jax.routing.assignment import Assignment, Mean, Router, TokenAssignment
+from moe_jax.routing.router import Assignment, Mean, Router, TokenAssignment
 
 _LOG = logging.getLogger(__name__)
 

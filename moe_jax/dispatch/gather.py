@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moe_jax.dispatch import soft
 from moe_jax.dispatch.slots import Slots, slot_table
-from moe_jax.routing.assignment import (
+from moe_jax.routing.router import (
     Assignment,
     ExpertAssignment,
     SoftAssignment,

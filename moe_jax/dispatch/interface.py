@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from moe_jax.component import Component
 from moe_jax.dispatch.grouped_matmul.interface import GroupedMatmul, grouped_matmul
-from moe_jax.routing.assignment import Assignment, Mean, Router
+from moe_jax.routing.router import Assignment, Mean, Router
 
 # (rows, one weight) -> rows; how depends on where the rows of an expert are.
 Product = Callable[[jax.Array, jax.Array], jax.Array]

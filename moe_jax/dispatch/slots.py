@@ -25,7 +25,7 @@ from moe_jax.dispatch.exchange import (
 )
 from moe_jax.dispatch.interface import Dispatch, Experts
 from moe_jax.errors import UserError
-from moe_jax.routing.assignment import (
+from moe_jax.routing.router import (
     Assignment,
     ExpertAssignment,
     Mean,

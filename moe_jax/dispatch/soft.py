@@ -8,7 +8,7 @@ The two products take 4 * S * E * P * d operations, in float32 at full precision
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.assignment import SoftAssignment
+from moe_jax.routing.router import SoftAssignment
 
 
 def fill(x: jax.Array, assignment: SoftAssignment) -> jax.Array:

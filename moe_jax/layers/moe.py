@@ -39,8 +39,8 @@ from moe_jax.parallel.mesh import (
     mesh_of_arrays,
 )
 from moe_jax.parallel.sharding import axis_size, parameter_spec, partition_spec
-from moe_jax.routing.assignment import Mean, Router, RouterInputs, Routing
 from moe_jax.routing.capacity import Capacity, CapacityRule
+from moe_jax.routing.router import Mean, Router, RouterInputs, Routing
 from moe_jax.routing.statistics import of_load
 from moe_jax.routing.token_choice import TopK
 
@@ -50,7 +50,7 @@ class MoEConfig(Component):
     """How tokens are routed; how many experts there are is the model's business.
 
     Attributes:
-      router: any `moe_jax.routing.assignment.Router`; swap it by a Python line in a config.
+      router: any `moe_jax.routing.router.Router`; swap it by a Python line in a config.
       capacity: slots per expert; left as it is where the dispatch is dropless.
       group_size: S, tokens that compete for the same slots in training and evaluation. Groups are
         consecutive tokens of the batch, so the result does not depend on the mesh. 0: a group is
@@ -247,7 +247,7 @@ class MoE(nnx.Module):
       reports_sums: whether reports have `sums`. This and `loss_shares` are set while a batch is
         computed in microbatches, see `moe_jax.training.microbatches`.
       path: where the module is in its model, such as "stack/stages/0/blocks/1/mlp", by which its
-        reports are known; `ModelDefinition` fills it in.
+        reports are known; `AbstractModel` fills it in.
       w_in, w_gate: [E, d, f] float32; w_gate only where the experts are gated.
       w_out: [E, f, d] float32.
       b_in, b_gate, b_hidden: [E, f] float32, where the experts' form has them.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.errors import UserError
 from moe_jax.layers.moe import TokenInfo
-from moe_jax.routing.assignment import Router
+from moe_jax.routing.router import Router
 
 
 def token_info(tokens: jax.Array, mask: jax.Array, before: jax.Array | None = None) -> TokenInfo:

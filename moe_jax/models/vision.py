@@ -302,7 +302,7 @@ def resized(
 
     Args:
       config: of the model.
-      parameters: its nested dicts, see `moe_jax.models.definition.numbers_of`.
+      parameters: its nested dicts, see `moe_jax.models.abstract_model.arrays_of`.
       image_size: the new one.
       interpolation: between patches; the class token's embedding is kept.
 

@@ -19,7 +19,7 @@ from etils import epath
 
 from moe_jax.configuration import encode
 from moe_jax.errors import UserError
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.stack import Remat, StackConfig
 from moe_jax.parallel.mesh import AXES, MeshConfig
 from moe_jax.parallel.sharding import parameter_shardings
@@ -39,7 +39,7 @@ def meshes(config: Experiment, topology: Topology) -> list[MeshConfig]:
     and then most over `expert`, which needs no gathering of weights.
     """
     devices, slices = topology.devices, topology.slices if topology.chip.torus else 1
-    definition = ModelDefinition.of(config.model)
+    abstract_model = AbstractModel.of(config.model)
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     found = []
     for expert, model in itertools.product(divisors, divisors):
@@ -50,7 +50,9 @@ def meshes(config: Experiment, topology: Topology) -> list[MeshConfig]:
         abstract = jax.sharding.AbstractMesh((data, expert, model), AXES)
         try:
             dataclasses.replace(config, mesh=mesh, microbatches=1).validate()
-            parameter_shardings(definition.shapes, definition.axes, abstract, mesh.fsdp_min_size)
+            parameter_shardings(
+                abstract_model.shapes, abstract_model.axes, abstract, mesh.fsdp_min_size
+            )
         except UserError:
             continue
         found.append(mesh)

@@ -19,7 +19,7 @@ from moe_jax.data.images import ImageData
 from moe_jax.data.interface import Pipeline
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
-from moe_jax.models.definition import Tree
+from moe_jax.models.abstract_model import Tree
 from moe_jax.tasks.image_classification import pixels
 from moe_jax.training.trained import Trained
 
@@ -102,7 +102,7 @@ def features(trained: Trained, data: Pipeline, split: str) -> tuple[np.ndarray, 
     run = trained.run
 
     def step(parameters: Tree, variables: Tree, batch: dict[str, jax.Array]) -> jax.Array:
-        model = run.definition.merge(parameters, variables)
+        model = run.abstract_model.merge(parameters, variables)
         return model.features(pixels(batch["image"]), batch["mask"], Mode.EVALUATE)[0]
 
     compiled = jax.jit(step, out_shardings=NamedSharding(run.mesh, PartitionSpec()))

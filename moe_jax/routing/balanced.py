@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.routing import scores, service
-from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.fixed import left_to_right
 from moe_jax.routing.published import PublishedRouter
+from moe_jax.routing.router import Arrays, Router, RouterInputs, Routing
 from moe_jax.routing.token_choice import gates_of
 
 

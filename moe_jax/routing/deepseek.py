@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores
-from moe_jax.routing.assignment import Arrays, RouterInputs
 from moe_jax.routing.losses import Losses
 from moe_jax.routing.published import NO_DROPS, PublishedRouter
+from moe_jax.routing.router import Arrays, RouterInputs
 from moe_jax.routing.token_choice import (
     Choice,
     LinearRouter,

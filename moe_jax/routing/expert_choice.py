@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores, statistics
-from moe_jax.routing.assignment import Arrays, ExpertAssignment, Router, RouterInputs, Routing
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.published import PublishedRouter
+from moe_jax.routing.router import Arrays, ExpertAssignment, Router, RouterInputs, Routing
 
 ENTROPY_WEIGHT = 1e-3  # lambda of the capped variant's linear program.
 ITERATIONS = 100  # Of Dykstra's algorithm, at most, says the paper.

@@ -19,9 +19,9 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.routing import service, statistics
-from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing, TokenAssignment
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.published import NO_DROPS, PublishedRouter
+from moe_jax.routing.router import Arrays, Router, RouterInputs, Routing, TokenAssignment
 from moe_jax.routing.token_choice import validate_k
 
 

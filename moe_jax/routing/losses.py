@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from moe_jax.component import Component
 from moe_jax.errors import UserError
-from moe_jax.routing.assignment import Mean
+from moe_jax.routing.router import Mean
 from moe_jax.special_functions import normal_cdf
 
 

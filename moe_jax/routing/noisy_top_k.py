@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores
-from moe_jax.routing.assignment import Arrays, Mean, RouterInputs
 from moe_jax.routing.published import NO_DROPS, PublishedRouter
+from moe_jax.routing.router import Arrays, Mean, RouterInputs
 from moe_jax.routing.token_choice import Choice, TokenChoice, validate_expert_groups
 from moe_jax.special_functions import normal_cdf
 

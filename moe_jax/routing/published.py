@@ -3,8 +3,8 @@
 import dataclasses
 import re
 
-from moe_jax.routing.assignment import Router
 from moe_jax.routing.capacity import Capacity, CapacityRule
+from moe_jax.routing.router import Router
 
 NO_DROPS = Capacity(rule=CapacityRule.NO_DROPS)
 """For papers that drop nothing."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import UserError
-from moe_jax.routing.assignment import RouterInputs
+from moe_jax.routing.router import RouterInputs
 
 INIT_DEVIATION = 0.02
 """Of router weights in flaxformer, OLMoE and sparse upcycling."""

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.routing import scores, statistics
-from moe_jax.routing.assignment import Arrays, Router, RouterInputs, Routing, SoftAssignment
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.published import PublishedRouter
+from moe_jax.routing.router import Arrays, Router, RouterInputs, Routing, SoftAssignment
 
 # Far below any logit, yet finite: a softmax over padding only has no NaN.
 NEVER = -1e9

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import UserError
-from moe_jax.routing.assignment import ExpertAssignment, Mean, SoftAssignment, TokenAssignment
+from moe_jax.routing.router import ExpertAssignment, Mean, SoftAssignment, TokenAssignment
 
 
 def of_token_choice(

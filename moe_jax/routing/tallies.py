@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_jax.routing import statistics
-from moe_jax.routing.assignment import (
+from moe_jax.routing.router import (
     Arrays,
     ExpertAssignment,
     Mean,

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores, service, statistics
-from moe_jax.routing.assignment import (
+from moe_jax.routing.capacity import Capacity, CapacityRule
+from moe_jax.routing.losses import Losses
+from moe_jax.routing.published import NO_DROPS, PublishedRouter
+from moe_jax.routing.router import (
     Arrays,
     Mean,
     Router,
@@ -25,9 +28,6 @@ from moe_jax.routing.assignment import (
     TokenAssignment,
     register,
 )
-from moe_jax.routing.capacity import Capacity, CapacityRule
-from moe_jax.routing.losses import Losses
-from moe_jax.routing.published import NO_DROPS, PublishedRouter
 from moe_jax.routing.scores import Exploration, RouterDtype
 from moe_jax.routing.service import ServiceOrder
 

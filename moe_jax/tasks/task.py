@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from moe_jax.component import Component
 from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoEConfig, MoEReport, TokenInfo
-from moe_jax.routing.assignment import Routing
+from moe_jax.routing.router import Routing
 from moe_jax.routing.tallies import RoutedTokens
 
 Batch = Mapping[str, jax.Array]

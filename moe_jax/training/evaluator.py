@@ -17,7 +17,7 @@ class Evaluator:
     def __init__(self, run: Run, data: Pipeline, split: str, batches: int) -> None:
         self._run, self._domains = run, data.domains
         self._batches = data.held_out_batches(split, batches)
-        step = evaluation_step(run.definition, run.config.task, len(data.domains))
+        step = evaluation_step(run.abstract_model, run.config.task, len(data.domains))
         self._step = jax.jit(step, out_shardings=run.replicated)
 
     def __call__(self, parameters: Any, variables: Any) -> metrics.Record:

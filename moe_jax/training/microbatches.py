@@ -30,9 +30,9 @@ from jax.sharding import PartitionSpec
 
 from moe_jax.errors import UserError
 from moe_jax.layers.moe import LossShare, MoE, MoEReport, MoESums
-from moe_jax.models.definition import ModelDefinition, Tree, moe_modules, numbers_of
+from moe_jax.models.abstract_model import AbstractModel, Tree, arrays_of, moe_modules
 from moe_jax.parallel.mesh import TOKEN_AXES
-from moe_jax.routing.assignment import Mean
+from moe_jax.routing.router import Mean
 from moe_jax.routing.statistics import of_load
 from moe_jax.tasks.task import Batch, Metrics, Task
 
@@ -43,7 +43,7 @@ _OfLosses = dict[str, dict[str, jax.Array]]
 
 
 def accumulated_gradients(
-    definition: ModelDefinition,
+    abstract_model: AbstractModel,
     task: Task,
     parameters: Tree,
     variables: Tree,
@@ -54,7 +54,7 @@ def accumulated_gradients(
     """Gradients, metrics and next variables of a batch, computed in N parts.
 
     Args:
-      definition: the model.
+      abstract_model: the model.
       task: one whose loss is `separable`.
       parameters, variables: of the model, before the step.
       batch: arrays [B, ...].
@@ -66,7 +66,7 @@ def accumulated_gradients(
         model keeps variables that are no router's.
     """
     parts = (jnp.arange(microbatches), split_rows(batch, microbatches))
-    targets, counts = loss_counts(definition, task, parameters, variables, parts, key)
+    targets, counts = loss_counts(abstract_model, task, parameters, variables, parts, key)
     target_share = targets / jnp.where(targets.sum() > 0, targets.sum(), 1.0)
     # What multiplies a microbatch's whole loss, of which the routers' shares are then cleared. A mean
     # over no targets is 0, so that any factor will do that one can divide by.
@@ -79,7 +79,7 @@ def accumulated_gradients(
         (index, rows), factor, shares = part
 
         def loss(parameters: Tree) -> tuple[jax.Array, Metrics]:
-            model = _accumulating(definition.merge(parameters, variables), shares)
+            model = _accumulating(abstract_model.merge(parameters, variables), shares)
             with jax.named_scope("loss"):
                 value, metrics = task.training_loss(model, rows, jax.random.fold_in(key, index))
             return factor * value, metrics
@@ -93,7 +93,7 @@ def accumulated_gradients(
     auxiliary = metrics.pop("auxiliary_loss")
     metrics = {name: (value.T * target_share).sum(axis=-1) for name, value in metrics.items()}
     metrics |= {"auxiliary_loss": (auxiliary * factor).sum(), "router": reports}
-    return gradients, metrics, _next_variables(definition, parameters, variables, reports)
+    return gradients, metrics, _next_variables(abstract_model, parameters, variables, reports)
 
 
 def split_rows(batch: Batch, microbatches: int) -> Batch:
@@ -112,7 +112,7 @@ def split_rows(batch: Batch, microbatches: int) -> Batch:
 
 
 def loss_counts(
-    definition: ModelDefinition,
+    abstract_model: AbstractModel,
     task: Task,
     parameters: Tree,
     variables: Tree,
@@ -130,7 +130,7 @@ def loss_counts(
     Returns:
       [N] float32; by module and loss, [N, layers] float32, empty where no router has a loss.
     """
-    modules = moe_modules(definition.merge(parameters, variables))
+    modules = moe_modules(abstract_model.merge(parameters, variables))
     routers_have_losses = any(moe.config.router.loss_weights for moe in modules.values())
 
     def count(part: _Part) -> tuple[jax.Array, _OfLosses]:
@@ -139,7 +139,7 @@ def loss_counts(
         targets = task.num_targets(rows, inside)
         if not routers_have_losses:
             return targets, {}
-        model = _accumulating(definition.merge(parameters, variables), {})
+        model = _accumulating(abstract_model.merge(parameters, variables), {})
         _, metrics = task.training_loss(model, rows, inside)
         check_pairs(modules, metrics["router"])
         return targets, {report.path: report.sums.loss_counts for report in metrics["router"]}
@@ -221,10 +221,10 @@ def _joined(report: MoEReport, factor: jax.Array) -> MoEReport:
 
 
 def _next_variables(
-    definition: ModelDefinition, parameters: Tree, variables: Tree, reports: list[MoEReport]
+    abstract_model: AbstractModel, parameters: Tree, variables: Tree, reports: list[MoEReport]
 ) -> Tree:
     """Variables after a step, of routers whose state follows the load of the whole batch."""
-    model = definition.merge(parameters, variables)
+    model = abstract_model.merge(parameters, variables)
     modules = moe_modules(model)
     followed = set()
     check_pairs(modules, reports)
@@ -246,4 +246,4 @@ def _next_variables(
                 f"microbatches is above 1, but the model keeps {kept}, which is not a router's state "
                 "and would not be renewed; use microbatches=1."
             )
-    return numbers_of(model)[1]
+    return arrays_of(model)[1]

@@ -12,7 +12,7 @@ import numpy as np
 from moe_jax.data.interface import Pipeline
 from moe_jax.errors import UserError
 from moe_jax.routing import tallies
-from moe_jax.routing.assignment import Mean, Routing, TokenAssignment
+from moe_jax.routing.router import Mean, Routing, TokenAssignment
 from moe_jax.routing.tallies import Summary, Tallies
 from moe_jax.tasks.task import Batch, ObservedLayer
 from moe_jax.training.run import Run
@@ -83,7 +83,7 @@ def _sum(one: Mean, other: Mean) -> Mean:
 
 
 def _observe(run: Run, parameters: Any, variables: Any, batch: Batch) -> Observed:
-    return run.config.task.observe(run.definition.merge(parameters, variables), batch)
+    return run.config.task.observe(run.abstract_model.merge(parameters, variables), batch)
 
 
 def _tally_step(run: Run, num_domains: int) -> Callable[..., Any]:

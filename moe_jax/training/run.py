@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.parallel import multihost
 from moe_jax.parallel.mesh import AXES, TOKEN_AXES, force_host_devices, make_mesh
 from moe_jax.tasks.task import Batch
@@ -33,21 +33,21 @@ class Run:
     Attributes:
       config: the validated config.
       mesh: the device mesh.
-      definition: the model without numbers.
+      abstract_model: the model without arrays.
       optimizer: optax transformation.
       shapes, shardings: of the TrainState.
     """
 
     config: Experiment
     mesh: Mesh
-    definition: ModelDefinition
+    abstract_model: AbstractModel
     optimizer: Any
     shapes: TrainState
     shardings: TrainState
 
     @classmethod
     def build(cls, config: Experiment) -> "Run":
-        """Validates the config and makes the mesh and the model's definition.
+        """Validates the config and makes the mesh and the model's abstract_model.
 
         Raises:
           UserError: the config cannot work on these devices.
@@ -62,16 +62,16 @@ class Run:
 
     @classmethod
     def on(cls, config: Experiment, mesh: Mesh) -> "Run":
-        """Makes the definition of a validated config for a mesh, whose devices need not be here.
+        """Makes the abstract_model of a validated config for a mesh, whose devices need not be here.
 
         Raises:
           UserError: the mesh does not divide a parameter.
         """
-        definition = ModelDefinition.of(config.model)
-        optimizer = config.optimizer.build(config.steps, definition.axes)
-        shapes = state_shapes(definition, optimizer)
-        shardings = state_shardings(definition, optimizer, mesh, config.mesh.fsdp_min_size)
-        return cls(config, mesh, definition, optimizer, shapes, shardings)
+        abstract_model = AbstractModel.of(config.model)
+        optimizer = config.optimizer.build(config.steps, abstract_model.axes)
+        shapes = state_shapes(abstract_model, optimizer)
+        shardings = state_shardings(abstract_model, optimizer, mesh, config.mesh.fsdp_min_size)
+        return cls(config, mesh, abstract_model, optimizer, shapes, shardings)
 
     @property
     def replicated(self) -> NamedSharding:
@@ -91,7 +91,7 @@ class Run:
         """
         config = self.config
         one_step = train_step(
-            self.definition,
+            self.abstract_model,
             config.task,
             self.optimizer,
             config.skip_nonfinite,

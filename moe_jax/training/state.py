@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.models.definition import ModelDefinition, numbers_of
+from moe_jax.models.abstract_model import AbstractModel, arrays_of
 from moe_jax.parallel.sharding import parameter_shardings
 
 
@@ -45,7 +45,7 @@ def initial_state(
     def create(key_data: jax.Array) -> TrainState:
         key = jax.random.wrap_key_data(key_data)
         model = model_config.build(jax.random.fold_in(key, 0))
-        parameters, variables = numbers_of(model)
+        parameters, variables = arrays_of(model)
         return TrainState(
             jnp.zeros((), jnp.int32), parameters, variables, optimizer.init(parameters)
         )
@@ -55,36 +55,38 @@ def initial_state(
 
 
 def state_shapes(
-    definition: ModelDefinition, optimizer: optax.GradientTransformation
+    abstract_model: AbstractModel, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """ShapeDtypeStructs of the state."""
     return TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
-        definition.shapes,
-        definition.variable_shapes,
-        jax.eval_shape(optimizer.init, definition.shapes),
+        abstract_model.shapes,
+        abstract_model.variable_shapes,
+        jax.eval_shape(optimizer.init, abstract_model.shapes),
     )
 
 
 def state_shardings(
-    definition: ModelDefinition,
+    abstract_model: AbstractModel,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     fsdp_min_size: int,
 ) -> TrainState:
     """NamedShardings of the state: moments lie where their parameters do, scalars everywhere."""
     whole = NamedSharding(mesh, PartitionSpec())
-    parameters = parameter_shardings(definition.shapes, definition.axes, mesh, fsdp_min_size)
+    parameters = parameter_shardings(
+        abstract_model.shapes, abstract_model.axes, mesh, fsdp_min_size
+    )
     moments = optax.tree_utils.tree_map_params(
         optimizer,
         _moment_sharding,
-        jax.eval_shape(optimizer.init, definition.shapes),
-        definition.shapes,
+        jax.eval_shape(optimizer.init, abstract_model.shapes),
+        abstract_model.shapes,
         parameters,
         transform_non_params=lambda _: whole,
     )
     variables = parameter_shardings(
-        definition.variable_shapes, definition.variable_axes, mesh, fsdp_min_size
+        abstract_model.variable_shapes, abstract_model.variable_axes, mesh, fsdp_min_size
     )
     return TrainState(whole, parameters, variables, moments)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.models.definition import ModelDefinition, Tree, numbers_of
+from moe_jax.models.abstract_model import AbstractModel, Tree, arrays_of
 from moe_jax.tasks.task import Batch, Metrics, Sums, Task
 from moe_jax.training.microbatches import accumulated_gradients
 from moe_jax.training.state import TrainState
@@ -15,7 +15,7 @@ TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
 def train_step(
-    definition: ModelDefinition,
+    abstract_model: AbstractModel,
     task: Task,
     optimizer: optax.GradientTransformation,
     skip_nonfinite: bool,
@@ -27,7 +27,7 @@ def train_step(
     same. It is an argument, so that runs of all seeds share the compiled program.
 
     Args:
-      definition: the model.
+      abstract_model: the model.
       task: gives the loss.
       optimizer: optax transformation.
       skip_nonfinite: keep the old parameters where the loss or a gradient is not finite.
@@ -42,11 +42,11 @@ def train_step(
         key = jax.random.fold_in(noise_key, state.step)
         if microbatches == 1:
             gradients, metrics, variables = _gradients(
-                definition, task, state.parameters, state.variables, batch, key
+                abstract_model, task, state.parameters, state.variables, batch, key
             )
         else:
             gradients, metrics, variables = accumulated_gradients(
-                definition, task, state.parameters, state.variables, batch, key, microbatches
+                abstract_model, task, state.parameters, state.variables, batch, key, microbatches
             )
         with jax.named_scope("optimizer"):
             gradient_norm = optax.tree_utils.tree_norm(gradients)
@@ -68,7 +68,7 @@ def train_step(
 
 
 def _gradients(
-    definition: ModelDefinition,
+    abstract_model: AbstractModel,
     task: Task,
     parameters: Tree,
     variables: Tree,
@@ -78,10 +78,10 @@ def _gradients(
     """Gradients and metrics of a batch as a whole, and the variables that its pass leaves."""
 
     def loss(parameters: Tree) -> tuple[jax.Array, tuple[Metrics, Tree]]:
-        model = definition.merge(parameters, variables)
+        model = abstract_model.merge(parameters, variables)
         with jax.named_scope("loss"):
             value, metrics = task.training_loss(model, batch, key)
-        return value, (metrics, numbers_of(model)[1])
+        return value, (metrics, arrays_of(model)[1])
 
     gradients, (metrics, variables) = jax.grad(loss, has_aux=True)(parameters)
     return gradients, metrics, variables
@@ -93,11 +93,11 @@ def noise_key(seed: int) -> jax.Array:
 
 
 def evaluation_step(
-    definition: ModelDefinition, task: Task, num_domains: int
+    abstract_model: AbstractModel, task: Task, num_domains: int
 ) -> Callable[[Tree, Tree, Batch], Sums]:
     """Makes (parameters, variables, batch) -> name of a metric -> ([D] sum, [D] count)."""
 
     def step(parameters: Tree, variables: Tree, batch: Batch) -> Sums:
-        return task.evaluation_sums(definition.merge(parameters, variables), batch, num_domains)
+        return task.evaluation_sums(abstract_model.merge(parameters, variables), batch, num_domains)
 
     return step

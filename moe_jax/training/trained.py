@@ -38,8 +38,8 @@ class Trained:
 
     @property
     def model(self) -> Any:
-        """The model with the checkpoint's numbers."""
-        return self.run.definition.merge(self.parameters, self.variables)
+        """The model with the checkpoint's arrays."""
+        return self.run.abstract_model.merge(self.parameters, self.variables)
 
     @property
     def tokenizer(self) -> Tokenizer:

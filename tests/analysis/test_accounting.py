@@ -11,8 +11,8 @@ from moe_jax.analysis.accounting.stack import statistics_bytes_per_layer
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.models.definition import ModelDefinition
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.expert_choice import ExpertChoice
 from moe_jax.routing.soft import SoftMoE
@@ -82,14 +82,14 @@ def test_executed_flops_equal_what_xla_counts():
         unroll=True,
     )
     batch, length = 4, 64
-    definition = ModelDefinition.of(config)
+    abstract_model = AbstractModel.of(config)
 
     def forward(parameters, tokens):
-        logits, reports, _ = definition.merge(parameters)(tokens, None, Mode.TRAIN)
+        logits, reports, _ = abstract_model.merge(parameters)(tokens, None, Mode.TRAIN)
         return logits, reports
 
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    compiled = jax.jit(forward).lower(definition.shapes, tokens).compile()
+    compiled = jax.jit(forward).lower(abstract_model.shapes, tokens).compile()
     counted = compiled.cost_analysis()["flops"] / (batch * length)
     # XLA also counts every elementwise operation (norms, softmax, relu, masks) and the router's
     # one-hot sums; products are all of ours.

@@ -8,7 +8,7 @@ from moe_jax.layers.attention import MultiHead, Positions
 from moe_jax.layers.feed_forward import Activation, FeedForwardForm
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.encoder_decoder import EncoderDecoderConfig
 from moe_jax.models.stack import SparseDense, StackConfig
 from moe_jax.routing.capacity import Capacity
@@ -57,13 +57,13 @@ def test_executed_flops_equal_what_xla_counts():
     decoder = dataclasses.replace(encoder, sparse_dense=SparseDense.NONE, num_experts=8)
     config = EncoderDecoderConfig(vocab_size=512, encoder=encoder, decoder=decoder)
     batch, inputs, targets = 4, 64, 32
-    definition = ModelDefinition.of(config)
+    abstract_model = AbstractModel.of(config)
 
     def forward(parameters, inputs, targets):
-        return definition.merge(parameters)(inputs, None, targets, None, Mode.TRAIN)
+        return abstract_model.merge(parameters)(inputs, None, targets, None, Mode.TRAIN)
 
     tokens = [jax.ShapeDtypeStruct((batch, length), jnp.int32) for length in (inputs, targets)]
-    compiled = jax.jit(forward).lower(definition.shapes, *tokens).compile()
+    compiled = jax.jit(forward).lower(abstract_model.shapes, *tokens).compile()
     counted = compiled.cost_analysis()["flops"] / batch
     # XLA also counts every elementwise operation (norms, softmax, GELU, masks) and the router's
     # one-hot sums; products are all of ours.

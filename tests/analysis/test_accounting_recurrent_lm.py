@@ -9,7 +9,7 @@ from moe_jax.analysis.accounting import recurrent_lm, recurrent_translator
 from moe_jax.analysis.published import compare
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.recurrent_lm import RecurrentLMConfig
 from moe_jax.models.recurrent_translator import RecurrentTranslatorConfig
 from moe_jax.published import Quantity
@@ -68,12 +68,12 @@ def test_published_translators(name):
 
 def xla_flops(config, *tokens):
     """What XLA counts in the forward pass."""
-    definition = ModelDefinition.of(config)
+    abstract_model = AbstractModel.of(config)
 
     def forward(parameters, *tokens):
-        return definition.merge(parameters)(*tokens, Mode.TRAIN)[:2]
+        return abstract_model.merge(parameters)(*tokens, Mode.TRAIN)[:2]
 
-    return jax.jit(forward).lower(definition.shapes, *tokens).compile().cost_analysis()["flops"]
+    return jax.jit(forward).lower(abstract_model.shapes, *tokens).compile().cost_analysis()["flops"]
 
 
 def test_executed_flops_of_a_language_model_equal_what_xla_counts():

@@ -10,7 +10,7 @@ from configs.soft_moe import ROWS
 from moe_jax.analysis.accounting.vision import account
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.vision import Pooling, VisionConfig
 from moe_jax.routing.soft import SoftMoE
 
@@ -27,14 +27,14 @@ SOFT_MOE = dataclasses.replace(
 
 
 def lowered_forward(config, images, mode):
-    definition = ModelDefinition.of(config)
+    abstract_model = AbstractModel.of(config)
     shape = (images, config.image_size, config.image_size, config.channels)
 
     def forward(parameters, x):
-        return definition.merge(parameters)(x, None, mode)
+        return abstract_model.merge(parameters)(x, None, mode)
 
     batch = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.jit(forward).lower(definition.shapes, batch)
+    return jax.jit(forward).lower(abstract_model.shapes, batch)
 
 
 def test_flops_by_hand():

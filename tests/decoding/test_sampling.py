@@ -10,8 +10,8 @@ from moe_jax.decoding.sampling import Sampling, draw, generate, left_padded
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.models.definition import ModelDefinition
 from moe_jax.routing.token_choice import TopK
 
 V, N = 32, 5
@@ -24,7 +24,7 @@ PROMPTS = [np.array([3, 1, 4]), np.array([1, 5, 9, 2, 6, 5]), np.array([27])]
 LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
 
 
-DEFINITION = ModelDefinition.of(CONFIG)
+DEFINITION = AbstractModel.of(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from moe_jax.errors import UserError
 from moe_jax.layers.expert_network import FeedForwardExpert
 from moe_jax.layers.feed_forward import FeedForwardForm
 from moe_jax.parallel.mesh import EXPERT, MeshConfig, make_mesh
-from moe_jax.routing.assignment import ExpertAssignment, SoftAssignment, TokenAssignment
 from moe_jax.routing.expert_choice import ExpertChoice
+from moe_jax.routing.router import ExpertAssignment, SoftAssignment, TokenAssignment
 from moe_jax.routing.token_choice import TopK
 
 D, F = 3, 4

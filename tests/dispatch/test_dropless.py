@@ -18,9 +18,9 @@ from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
-from moe_jax.routing.assignment import RouterInputs
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.deepseek import DeepSeekV3
+from moe_jax.routing.router import RouterInputs
 from moe_jax.routing.token_choice import TopK
 
 OWNERS = 4

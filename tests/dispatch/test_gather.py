@@ -4,7 +4,7 @@ import pytest
 
 from moe_jax.dispatch import gather
 from moe_jax.dispatch.slots import slot_table
-from moe_jax.routing.assignment import ExpertAssignment, TokenAssignment
+from moe_jax.routing.router import ExpertAssignment, TokenAssignment
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.dispatch import soft
-from moe_jax.routing.assignment import SoftAssignment
+from moe_jax.routing.router import SoftAssignment
 
 # Three tokens, two experts of one slot.
 DISPATCH = jnp.array([[0.5, 0.0], [0.5, 0.25], [0.0, 0.75]])[:, :, None]

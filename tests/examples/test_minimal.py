@@ -129,7 +129,7 @@ def test_the_schedule_and_what_decays_are_the_librarys(library):
     np.testing.assert_allclose(jax.vmap(minimal.RATE)(steps), theirs, rtol=1e-5)
     decayed = jax.tree.map(
         lambda axes: is_decayed(axes, config.optimizer.decayed),
-        library.run.definition.axes,
+        library.run.abstract_model.axes,
         is_leaf=lambda leaf: isinstance(leaf, tuple),
     )
     assert minimal.is_decayed(library.before) == renamed(decayed)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.training import experiment, metrics
 from tests.scripts import script
 
@@ -54,8 +54,8 @@ def test_quickstart_prints_a_sample_a_table_and_what_it_used(quickstart):
 
 def test_the_dense_twin_has_no_experts(quickstart):
     workdir, _ = quickstart
-    assert "experts" in str(ModelDefinition.of(experiment.load(workdir / "moe").model).axes)
-    assert "experts" not in str(ModelDefinition.of(experiment.load(workdir / "dense").model).axes)
+    assert "experts" in str(AbstractModel.of(experiment.load(workdir / "moe").model).axes)
+    assert "experts" not in str(AbstractModel.of(experiment.load(workdir / "dense").model).axes)
     moe, dense = (metrics.read(workdir / run)[-1] for run in ("moe", "dense"))
     assert moe["step"] == dense["step"] == 3
     assert metrics.dropped_fraction(dense) == 0

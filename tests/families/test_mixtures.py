@@ -35,7 +35,7 @@ def test_it_learns_and_every_part_has_a_gradient(config, tmp_path):
     batch = trained.open_data().rows(0, 0, 400)
 
     def loss(parameters):
-        model = trained.run.definition.merge(parameters)
+        model = trained.run.abstract_model.merge(parameters)
         return config.task.training_loss(model, batch, jax.random.key(0))[0]
 
     gradients = jax.jit(jax.grad(loss))(trained.parameters)

@@ -53,7 +53,7 @@ def test_every_expert_and_gate_of_a_hierarchy_has_a_gradient(data_dir):
     batch = config.data.open(config.seed).rows(0, 0, config.data.batch_size)
 
     def loss(parameters, batch):
-        model = run.definition.merge(parameters)
+        model = run.abstract_model.merge(parameters)
         return config.task.training_loss(model, batch, jax.random.key(0))[0]
 
     with jax.set_mesh(run.mesh):

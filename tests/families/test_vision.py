@@ -69,7 +69,7 @@ def test_soft_moe_learns_more_than_how_frequent_classes_are(digits):
 
     def step(parameters, moments, batch, key):
         def loss(parameters):
-            return config.task.training_loss(run.definition.merge(parameters), batch, key)
+            return config.task.training_loss(run.abstract_model.merge(parameters), batch, key)
 
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters)
         updates, moments = optimizer.update(gradients, moments)

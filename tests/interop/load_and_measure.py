@@ -11,7 +11,7 @@ import jax
 
 from moe_jax.interop.huggingface import loading
 from moe_jax.interop.huggingface.loading import load
-from moe_jax.models.definition import numbers_of
+from moe_jax.models.abstract_model import arrays_of
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 
 
@@ -35,7 +35,7 @@ def main(small: str, large: str) -> None:
     loading.BLOCK_BYTES = block_bytes
     before = memory("VmRSS")
     model = load(large, mesh)
-    leaves = jax.tree.leaves(numbers_of(model))
+    leaves = jax.tree.leaves(arrays_of(model))
     resident = sum(leaf.nbytes for leaf in leaves)
     peak = memory("VmHWM")
     print(json.dumps({"resident": resident, "beyond": peak - before - resident}))

@@ -10,7 +10,7 @@ from moe_jax.errors import UserError
 from moe_jax.interop.huggingface import files, loading, saving
 from moe_jax.interop.huggingface.loading import load
 from moe_jax.interop.huggingface.saving import save
-from moe_jax.models.definition import ModelDefinition, numbers_of
+from moe_jax.models.abstract_model import AbstractModel, arrays_of
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.parallel.sharding import parameter_shardings
 from tests.interop.folders import config_of, weights_of, write
@@ -31,9 +31,9 @@ def test_devices_get_their_parts_in_blocks(folder, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1024)
     mesh = make_mesh(EIGHT)
     parts = load(folder, mesh, fsdp_min_size=256)
-    definition = ModelDefinition.of(parts.config)
-    shardings = parameter_shardings(definition.shapes, definition.axes, mesh, 256)
-    (expected, _), (found, _) = numbers_of(whole), numbers_of(parts)
+    abstract_model = AbstractModel.of(parts.config)
+    shardings = parameter_shardings(abstract_model.shapes, abstract_model.axes, mesh, 256)
+    (expected, _), (found, _) = arrays_of(whole), arrays_of(parts)
     assert jax.tree.structure(expected) == jax.tree.structure(found)
     for a, b, sharding in zip(*map(jax.tree.leaves, (expected, found, shardings)), strict=True):
         assert b.sharding == sharding and b.dtype == jnp.float32
@@ -72,7 +72,7 @@ def test_bfloat16_stays_and_shards_are_the_same_bytes(tmp_path):
 
 def test_another_dtype_is_asked_for(folder):
     model = load(folder, make_mesh(ONE), dtype=jnp.bfloat16)
-    leaves = jax.tree.leaves(numbers_of(model))
+    leaves = jax.tree.leaves(arrays_of(model))
     assert {leaf.dtype for leaf in leaves} == {np.dtype(jnp.bfloat16)}
     mixed = weights_of("mixtral")
     mixed["model.layers.1.input_layernorm.weight"] = np.ones(16, np.float16)

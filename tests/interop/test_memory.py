@@ -10,7 +10,7 @@ from moe_jax.interop.huggingface import files
 from moe_jax.interop.huggingface.families import FAMILIES
 from moe_jax.interop.huggingface.files import Written
 from moe_jax.interop.huggingface.matching import paths
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from tests.interop.folders import config_of, weights_of, write
 
 MIXTRAL = FAMILIES["mixtral"]
@@ -24,7 +24,7 @@ SIZES = {
 def write_random(folder, hf):
     """A folder of that shape, without ever having more than a tensor in memory."""
     config = MIXTRAL.config_from_hf(hf)
-    tree = ModelDefinition.of(config).shapes
+    tree = AbstractModel.of(config).shapes
     shapes = {p: leaf.shape for p, leaf in zip(paths(tree), jax.tree.leaves(tree), strict=True)}
     tensors = []
     for tensor in MIXTRAL.tensors(config):

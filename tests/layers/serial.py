@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.assignment import (
+from moe_jax.routing.router import (
     ExpertAssignment,
     RouterInputs,
     SoftAssignment,

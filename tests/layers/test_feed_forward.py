@@ -13,7 +13,7 @@ from moe_jax.dispatch.gather import Gather
 from moe_jax.layers.feed_forward import Activation, FeedForward, FeedForwardForm, HiddenBias
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.parallel.sharding import parameter_shardings
 from moe_jax.routing.capacity import Capacity, CapacityRule
@@ -64,10 +64,10 @@ def test_the_dense_layer_follows_the_formula(form):
         def build(self, key):
             return FeedForward(D, F, form, 0.0, 1.0, key)
 
-    definition = ModelDefinition.of(Config())
-    weights = drawn(definition.shapes)
+    abstract_model = AbstractModel.of(Config())
+    weights = drawn(abstract_model.shapes)
     x = jax.random.normal(jax.random.key(0), (B, L, D))
-    y = definition.merge(weights)(x, None)
+    y = abstract_model.merge(weights)(x, None)
     np.testing.assert_allclose(
         y, by_formula(form, jax.tree.map(np.asarray, weights), x), rtol=1e-4, atol=1e-5
     )
@@ -81,18 +81,18 @@ class LayerConfig:
         return MoE(self.moe, D, F, E, 1.0, key)
 
 
-def apply(definition, weights, x, mesh):
+def apply(abstract_model, weights, x, mesh):
     """Output, and gradients of its weighted sum, on a mesh."""
     info = TokenInfo.of(jnp.zeros((B, L), jnp.int32))
     weighting = jax.random.normal(jax.random.key(9), x.shape)
 
     def loss(weights, x):
-        y, _ = definition.merge(weights)(x, info, Mode.EVALUATE, None)
+        y, _ = abstract_model.merge(weights)(x, info, Mode.EVALUATE, None)
         return (y * weighting).sum(), y
 
     mesh = make_mesh(mesh)
     with jax.set_mesh(mesh):
-        shardings = parameter_shardings(definition.shapes, definition.axes, mesh, 1)
+        shardings = parameter_shardings(abstract_model.shapes, abstract_model.axes, mesh, 1)
         weights = jax.tree.map(jax.device_put, weights, shardings)
         (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
             weights, x
@@ -124,11 +124,11 @@ DISPATCHES = {
 def test_experts_follow_the_formula_on_every_mesh(form, dispatch):
     capacity = Capacity() if dispatch.dropless else Capacity(rule=CapacityRule.NO_DROPS)
     moe = MoEConfig(TopK(k=2), capacity, group_size=L, dispatch=dispatch, experts=form)
-    definition = ModelDefinition.of(LayerConfig(moe))
-    weights = drawn(definition.shapes)
+    abstract_model = AbstractModel.of(LayerConfig(moe))
+    weights = drawn(abstract_model.shapes)
     x = jax.random.normal(jax.random.key(1), (B, L, D))
 
-    y, gradients = apply(definition, weights, x, MeshConfig())
+    y, gradients = apply(abstract_model, weights, x, MeshConfig())
     logits = np.asarray(x) @ np.asarray(weights["router"]["weights"])
     gates = np.asarray(jax.nn.softmax(logits))
     expected = np.zeros(x.shape, np.float32)
@@ -138,7 +138,7 @@ def test_experts_follow_the_formula_on_every_mesh(form, dispatch):
             expected[b, t] += gates[b, t, expert] * by_formula(form, one, np.asarray(x[b, t]))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
-    sharded = apply(definition, weights, x, MeshConfig(data=2, expert=2, model=2))
+    sharded = apply(abstract_model, weights, x, MeshConfig(data=2, expert=2, model=2))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), sharded, (y, gradients)
     )
@@ -152,10 +152,10 @@ def test_an_expert_of_several_layers_is_a_residual_stack():
         experts=FORMS[1],
         expert_layers=2,
     )
-    definition = ModelDefinition.of(LayerConfig(moe))
-    weights = drawn(definition.shapes)
+    abstract_model = AbstractModel.of(LayerConfig(moe))
+    weights = drawn(abstract_model.shapes)
     x = jax.random.normal(jax.random.key(1), (B, L, D))
-    plain = apply(definition, weights, x, MeshConfig())
+    plain = apply(abstract_model, weights, x, MeshConfig())
     numbers = jax.tree.map(np.asarray, weights)
     gates = np.asarray(jax.nn.softmax(x @ numbers["router"]["weights"]))
     expected = np.zeros(x.shape, np.float32)
@@ -168,7 +168,7 @@ def test_an_expert_of_several_layers_is_a_residual_stack():
             row = row + by_formula(moe.experts, one, normed)
         expected[b, t] = gates[b, t, expert] * row
     np.testing.assert_allclose(plain[0], expected, rtol=1e-4, atol=1e-4)
-    sharded = apply(definition, weights, x, MeshConfig(data=2, expert=2, model=2))
+    sharded = apply(abstract_model, weights, x, MeshConfig(data=2, expert=2, model=2))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), sharded, plain
     )

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec
 from moe_jax.layers.feed_forward import Activation
 from moe_jax.parallel.mesh import TOKEN_AXES, MeshConfig, make_mesh
 from moe_jax.routing import losses, noisy_top_k
-from moe_jax.routing.assignment import ExpertAssignment, Mean, RouterInputs
 from moe_jax.routing.catalogue import ENTRIES
+from moe_jax.routing.router import ExpertAssignment, Mean, RouterInputs
 from tests.routing.test_losses import LOSSES
 
 G, S, D, E, V = 8, 64, 4, 8, 264

@@ -21,7 +21,7 @@ from moe_jax.dispatch.exchange import Transport
 from moe_jax.dispatch.gather import Gather
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
-from moe_jax.models.definition import numbers_of
+from moe_jax.models.abstract_model import arrays_of
 from moe_jax.parallel.mesh import DATA, EXPERT, MODEL, TOKEN_AXES, MeshConfig, make_mesh
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.deepseek import DeepSeekV3
@@ -111,7 +111,7 @@ def layer(dispatch, name):
     for i, value in enumerate((*model.router.values(), *model.router_state.values())):
         value[...] = value[...] + jax.random.normal(jax.random.key(i), value.shape)
     graph, _, _ = nnx.split(model, nnx.Param, ...)
-    return graph, *numbers_of(model)
+    return graph, *arrays_of(model)
 
 
 def weighted_losses(name, losses):
@@ -134,7 +134,7 @@ def on_mesh(shape, dispatch, name):
             model = nnx.merge(graph, parameters, variables)
             y, report = model(x, INFO, Mode.TRAIN, None)
             value = jnp.sum(y * COTANGENT) + weighted_losses(name, report.losses)
-            return value, (y, report, numbers_of(model)[1])
+            return value, (y, report, arrays_of(model)[1])
 
         return jax.grad(total, argnums=(0, 1), has_aux=True)(parameters, x)
 

@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
 from moe_jax.parallel.mesh import TOKEN_AXES, MeshConfig, make_mesh
-from moe_jax.routing.assignment import Mean
 from moe_jax.routing.balanced import BASE
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.deepseek import DeepSeekV3
@@ -18,6 +17,7 @@ from moe_jax.routing.expert_choice import ExpertChoice
 from moe_jax.routing.fixed import DrawnPer, UniformRandom
 from moe_jax.routing.losses import Losses
 from moe_jax.routing.noisy_top_k import NoisyTopK
+from moe_jax.routing.router import Mean
 from moe_jax.routing.service import ServiceOrder
 
 B, L, D, F, E, S = 8, 8, 8, 16, 8, 8

@@ -12,8 +12,8 @@ from flax import nnx
 import moe_jax as moe
 from moe_jax import configuration
 from moe_jax.layers.mode import Mode
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.blocks import Block, BlockForm, Parallel, Pass, PreNorm, SparseDense
-from moe_jax.models.definition import ModelDefinition
 from moe_jax.models.stack import StackConfig
 from tests.tiny import tiny_config
 
@@ -118,7 +118,7 @@ def test_forms_of_blocks_have_the_parameters_they_use():
     def names(form):
         config = tiny_config("").model
         config.block = form
-        shapes = ModelDefinition.of(config).shapes
+        shapes = AbstractModel.of(config).shapes
         return {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(shapes)}
 
     missing = names(PreNorm()) - names(Parallel())

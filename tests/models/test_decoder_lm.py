@@ -12,8 +12,8 @@ from moe_jax.decoding.sampling import left_padded
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.models.definition import ModelDefinition
 from moe_jax.models.stack import ComputeDtype, Remat
 from moe_jax.parallel.mesh import TOKEN_AXES, MeshConfig, make_mesh
 from moe_jax.parallel.sharding import parameter_shardings
@@ -51,8 +51,8 @@ NOISY = dataclasses.replace(
 
 
 @functools.cache
-def definition(name):
-    return ModelDefinition.of({"sparse": SPARSE, "dense": DENSE}[name])
+def abstract_model(name):
+    return AbstractModel.of({"sparse": SPARSE, "dense": DENSE}[name])
 
 
 @functools.cache
@@ -67,7 +67,7 @@ def parameters(name):
 
 @functools.partial(jax.jit, static_argnames=("name", "mode"))
 def forward(name, values, tokens, mask, mode, cache=None):
-    return definition(name).merge(values)(tokens, mask, mode, cache=cache)
+    return abstract_model(name).merge(values)(tokens, mask, mode, cache=cache)
 
 
 def logits_of(name, tokens, mode, mask=None):
@@ -96,7 +96,7 @@ def test_causality(tokens, mode):
 def continued(name, tokens, mask, prompt):
     """Logits of one prefill of `prompt` tokens and one call for each of the rest."""
     values = parameters(name)
-    cache = definition(name).merge(values).empty_cache(*tokens.shape)
+    cache = abstract_model(name).merge(values).empty_cache(*tokens.shape)
     pieces, start = [], 0
     for stop in range(prompt, tokens.shape[1] + 1):
         piece = tokens[:, start:stop]
@@ -136,7 +136,7 @@ def test_padding_contents_change_nothing(tokens):
 
 def loss_and_gradients(tokens, shape=(1, 1, 1), **changes):
     """Of NOISY with `changes`, on a mesh of `shape`."""
-    model = ModelDefinition.of(dataclasses.replace(NOISY, **changes))
+    model = AbstractModel.of(dataclasses.replace(NOISY, **changes))
 
     @jax.jit
     @jax.value_and_grad
@@ -181,7 +181,7 @@ def test_every_expert_and_router_weight_learns(plain):
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32(tokens):
     config = dataclasses.replace(SPARSE, dtype=ComputeDtype.BFLOAT16)
-    model = ModelDefinition.of(config)
+    model = AbstractModel.of(config)
     assert {leaf.dtype for leaf in jax.tree.leaves(model.shapes)} == {jnp.dtype(jnp.float32)}
 
     @jax.jit
@@ -209,7 +209,9 @@ def test_sharded_training_with_dropout_equals_one_device(tokens, plain):
 
 def test_a_sequence_longer_than_the_positions_is_an_error():
     too_long = jnp.zeros((1, L + 1), jnp.int32)
-    model = definition("dense").merge(definition("dense").shapes)  # Refused before any number.
+    model = abstract_model("dense").merge(
+        abstract_model("dense").shapes
+    )  # Refused before any number.
     with pytest.raises(UserError, match=r"model.max_length is 16, but a sequence has 17 tokens"):
         model(too_long, None, Mode.EVALUATE)
     with pytest.raises(UserError, match=r"model.max_length is 16, but a sequence has 20 tokens"):
@@ -243,7 +245,7 @@ def test_moe_layers_are_the_last_of_each_period():
 
 
 def test_definition_names_every_dimension():
-    shapes, axes = definition("sparse").shapes, definition("sparse").axes
+    shapes, axes = abstract_model("sparse").shapes, abstract_model("sparse").axes
     jax.tree.map(
         lambda leaf, names: len(names) == leaf.ndim or pytest.fail(str(names)), shapes, axes
     )

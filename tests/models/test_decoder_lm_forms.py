@@ -17,8 +17,8 @@ from moe_jax.layers.latent_attention import MultiHeadLatent
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.layers.normalization import Norm
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.models.definition import ModelDefinition
 from moe_jax.models.stack import Stage, stages_of
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.parallel.sharding import parameter_shardings
@@ -63,12 +63,12 @@ NAMES = [*FORMS, "learned"]
 
 @functools.cache
 def built(name):
-    """The definition, and random numbers for every parameter (biases, too, are not 0)."""
-    definition = ModelDefinition.of(config_of(name))
-    leaves, tree = jax.tree.flatten(definition.shapes)
+    """The abstract_model, and random numbers for every parameter (biases, too, are not 0)."""
+    abstract_model = AbstractModel.of(config_of(name))
+    leaves, tree = jax.tree.flatten(abstract_model.shapes)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     values = [0.3 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves, strict=True)]
-    return definition, jax.tree.unflatten(tree, values)
+    return abstract_model, jax.tree.unflatten(tree, values)
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +87,15 @@ def tokens():
     ],
 )
 def test_cached_decoding_equals_the_full_forward(name, tokens):
-    definition, values = built(name)
+    abstract_model, values = built(name)
 
     @jax.jit
     def forward(tokens, cache=None):
-        logits, _, cache = definition.merge(values)(tokens, None, Mode.DECODE, cache=cache)
+        logits, _, cache = abstract_model.merge(values)(tokens, None, Mode.DECODE, cache=cache)
         return logits, cache
 
     full, _ = forward(tokens)
-    cache = definition.merge(values).empty_cache(B, L)
+    cache = abstract_model.merge(values).empty_cache(B, L)
     first, cache = forward(tokens[:, :5], cache)
     pieces = [first]
     for t in range(5, L):
@@ -131,17 +131,17 @@ def test_positions_are_known(name, tokens):
     ],
 )
 def test_a_mesh_changes_nothing(name, tokens):
-    definition, values = built(name)
+    abstract_model, values = built(name)
 
     def loss(values):
-        logits, _, _ = definition.merge(values)(tokens, None, Mode.EVALUATE)
+        logits, _, _ = abstract_model.merge(values)(tokens, None, Mode.EVALUATE)
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
         return -picked.mean()
 
     plain = jax.jit(jax.value_and_grad(loss))(values)
     mesh = make_mesh(MeshConfig(data=2, expert=1, model=2))
     with jax.set_mesh(mesh):
-        shardings = parameter_shardings(definition.shapes, definition.axes, mesh, 1)
+        shardings = parameter_shardings(abstract_model.shapes, abstract_model.axes, mesh, 1)
         sharded = jax.jit(jax.value_and_grad(loss))(jax.device_put(values, shardings))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), sharded, plain
@@ -158,11 +158,11 @@ def test_counts_are_xlas(name):
         config.attention = dataclasses.replace(
             config.attention, query_rank=48, kv_rank=32, nope_width=32, rotary_width=16, value_width=32
         )  # fmt: skip
-    definition = ModelDefinition.of(config)
+    abstract_model = AbstractModel.of(config)
     tokens = jax.ShapeDtypeStruct((16, 64), jnp.int32)
     compiled = (
-        jax.jit(lambda p, t: definition.merge(p)(t, None, Mode.TRAIN)[:2])
-        .lower(definition.shapes, tokens)
+        jax.jit(lambda p, t: abstract_model.merge(p)(t, None, Mode.TRAIN)[:2])
+        .lower(abstract_model.shapes, tokens)
         .compile()
     )
     counted = compiled.cost_analysis()["flops"] / (16 * 64)

@@ -14,8 +14,8 @@ from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
 from moe_jax.layers.shared_experts import BranchMix
+from moe_jax.models.abstract_model import AbstractModel, arrays_of
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.models.definition import ModelDefinition, numbers_of
 from moe_jax.models.stack import SparseDense
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.deepseek import DeepSeekV3
@@ -41,12 +41,12 @@ TOKENS = jax.random.randint(jax.random.key(1), (B, L), 0, V)
 
 
 def parameters_of(config):
-    return jax.jit(lambda: numbers_of(config.build(jax.random.key(0)))[0])()
+    return jax.jit(lambda: arrays_of(config.build(jax.random.key(0)))[0])()
 
 
 def run(config, parameters, tokens=TOKENS, mode=Mode.EVALUATE):
-    definition = ModelDefinition.of(config)
-    return jax.jit(lambda p, t: definition.merge(p)(t, None, mode)[:2])(parameters, tokens)
+    abstract_model = AbstractModel.of(config)
+    return jax.jit(lambda p, t: abstract_model.merge(p)(t, None, mode)[:2])(parameters, tokens)
 
 
 # Branches beside the experts
@@ -142,14 +142,14 @@ def test_a_pyramid_of_equal_counts_is_the_plain_model():
 
 def test_a_pyramid_decodes_with_a_cache():
     parameters = parameters_of(PYRAMID)
-    definition = ModelDefinition.of(PYRAMID)
+    abstract_model = AbstractModel.of(PYRAMID)
 
     @jax.jit
     def decode(parameters, tokens, cache):
-        logits, _, cache = definition.merge(parameters)(tokens, None, Mode.DECODE, cache=cache)
+        logits, _, cache = abstract_model.merge(parameters)(tokens, None, Mode.DECODE, cache=cache)
         return logits, cache
 
-    cache = definition.merge(parameters).empty_cache(B, L)
+    cache = abstract_model.merge(parameters).empty_cache(B, L)
     pieces = []
     for t in range(0, L, 2):
         logits, cache = decode(parameters, TOKENS[:, t : t + 2], cache)
@@ -202,19 +202,19 @@ def test_routers_of_whole_groups_refuse_to_decode(router):
     config = dataclasses.replace(
         BASE, accept_leak=True, moe=dataclasses.replace(BASE.moe, router=router)
     )
-    definition = ModelDefinition.of(config)
+    abstract_model = AbstractModel.of(config)
     with pytest.raises(UserError, match=r"routes whole groups and cannot decode token by token"):
         jax.eval_shape(
-            lambda p: definition.merge(p)(TOKENS, None, Mode.DECODE)[0], definition.shapes
+            lambda p: abstract_model.merge(p)(TOKENS, None, Mode.DECODE)[0], abstract_model.shapes
         )
 
 
 def test_a_bidirectional_model_refuses_to_decode():
     config = dataclasses.replace(BASE, bidirectional=True)
-    definition = ModelDefinition.of(config)
+    abstract_model = AbstractModel.of(config)
     with pytest.raises(UserError, match="bidirectional is true, and such a model cannot generate"):
         jax.eval_shape(
-            lambda p: definition.merge(p)(TOKENS, None, Mode.DECODE)[0], definition.shapes
+            lambda p: abstract_model.merge(p)(TOKENS, None, Mode.DECODE)[0], abstract_model.shapes
         )
 
 
@@ -248,16 +248,16 @@ def test_bad_fields_are_named(changes, message):
 def test_training_renews_the_expert_bias_and_evaluation_does_not():
     router = DeepSeekV3(k=1, groups=1, groups_per_token=1, bias_rate=0.5, losses=Losses())
     config = dataclasses.replace(BASE, moe=dataclasses.replace(BASE.moe, router=router))
-    definition = ModelDefinition.of(config)
+    abstract_model = AbstractModel.of(config)
 
     @functools.partial(jax.jit, static_argnums=0)
     def step(mode, parameters, variables):
-        model = definition.merge(parameters, variables)
+        model = abstract_model.merge(parameters, variables)
         _, (report,), _ = model(TOKENS, None, mode)
-        return report.statistics["load"], numbers_of(model)[1]
+        return report.statistics["load"], arrays_of(model)[1]
 
     parameters = parameters_of(config)
-    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), definition.variable_shapes)
+    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_model.variable_shapes)
     load, renewed = step(Mode.TRAIN, parameters, variables)
     (bias,) = jax.tree.leaves(renewed)
     assert bias.shape == (2, 4)  # Periods, experts.

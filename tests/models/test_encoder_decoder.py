@@ -21,7 +21,7 @@ from moe_jax.layers.attention import MultiHead, Positions
 from moe_jax.layers.embedding import EmbeddingScaling
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.encoder_decoder import EncoderDecoderConfig
 from moe_jax.models.stack import StackConfig
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
@@ -36,7 +36,7 @@ STACK = StackConfig(
 CONFIG = EncoderDecoderConfig(
     vocab_size=V, tied=False, embedding_scaling=EmbeddingScaling.NONE, encoder=STACK, decoder=STACK
 )
-DEFINITION = ModelDefinition.of(CONFIG)
+DEFINITION = AbstractModel.of(CONFIG)
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -135,7 +135,7 @@ def test_scores_of_beams_equal_those_of_full_forwards(parameters, inputs):
 
 def test_a_text_translates_alike_alone_and_in_a_batch_on_a_mesh():
     config = dataclasses.replace(CONFIG, vocab_size=264)
-    model = ModelDefinition.of(config).merge(drawn_parameters(config))
+    model = AbstractModel.of(config).merge(drawn_parameters(config))
     texts = ["one", "a longer text", ""]
 
     def translated(mesh, texts, method):
@@ -160,7 +160,7 @@ def test_inputs_are_read_as_targets_are_written():
 
 def test_tables_of_sources_and_targets():
     def sizes(**fields):
-        shapes = ModelDefinition.of(dataclasses.replace(CONFIG, **fields)).shapes
+        shapes = AbstractModel.of(dataclasses.replace(CONFIG, **fields)).shapes
         return {
             f"{name}/{table}": leaf.shape[0]
             for name in ("inputs", "targets")

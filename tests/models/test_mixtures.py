@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from moe_jax.errors import UserError
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.mixtures import tree
 from moe_jax.models.mixtures.mixture import Link, MixtureConfig, MixtureOutput
 from moe_jax.models.mixtures.objectives import Objective, errors
@@ -76,7 +76,7 @@ def test_likelihood_and_prediction_are_the_loops(numbers, cases):
 
 @pytest.mark.parametrize("objective", Objective)
 def test_errors_are_the_papers(numbers, cases, objective):
-    definition = ModelDefinition.of(
+    abstract_model = AbstractModel.of(
         MixtureConfig(2, 2, BRANCHES, link=Link.LOGISTIC, deviations=False)
     )
     unit = Tree(numbers.gates, numbers.experts, jnp.zeros((6, 2)))
@@ -93,7 +93,7 @@ def test_errors_are_the_papers(numbers, cases, objective):
             }[objective]
         )
     inputs, targets = (jnp.asarray(values, jnp.float32) for values in cases)
-    found = jax.jit(lambda x, y: errors(objective, definition.merge(parameters)(x), y))(
+    found = jax.jit(lambda x, y: errors(objective, abstract_model.merge(parameters)(x), y))(
         inputs, targets
     )
     np.testing.assert_allclose(found, wanted, rtol=1e-4)

@@ -11,7 +11,7 @@ from moe_jax.decoding.sampling import Sampling, generate, left_padded
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.recurrent_lm import RecurrentLMConfig
 from moe_jax.routing.noisy_top_k import HierarchicalNoisyTopK, NoisyTopK
 from moe_jax.routing.service import ServiceOrder
@@ -40,7 +40,7 @@ def parameters():
 
 @functools.partial(jax.jit, static_argnames="mode")
 def jitted(values, tokens, mask, mode, cache):
-    return ModelDefinition.of(SPARSE).merge(values)(tokens, mask, mode, cache=cache)
+    return AbstractModel.of(SPARSE).merge(values)(tokens, mask, mode, cache=cache)
 
 
 def forward(tokens, mask, mode, cache=None):
@@ -103,7 +103,7 @@ def test_a_left_padded_batch_decoded_with_a_cache_equals_each_sequence_alone(tok
     lengths = [L, 3, 6, 1]
     sequences = [np.asarray(row[:n]) for row, n in zip(tokens, lengths, strict=True)]
     batch, mask = left_padded(sequences, pad=0)
-    cache = ModelDefinition.of(SPARSE).merge(parameters()).empty_cache(B, L)
+    cache = AbstractModel.of(SPARSE).merge(parameters()).empty_cache(B, L)
     prompt, _, cache = forward(batch[:, : L - 1], mask[:, : L - 1], Mode.DECODE, cache)
     last, _, cache = forward(batch[:, L - 1 :], mask[:, L - 1 :], Mode.DECODE, cache)
     decoded = np.concatenate([prompt, last], axis=1)
@@ -117,7 +117,7 @@ def test_a_left_padded_batch_decoded_with_a_cache_equals_each_sequence_alone(tok
 
 def test_generates_greedily_what_the_full_forward_finds_most_probable(tokens):
     prompts = tokens[:, :3]
-    model = ModelDefinition.of(SPARSE).merge(parameters())
+    model = AbstractModel.of(SPARSE).merge(parameters())
     drawn = jax.jit(
         lambda prompts: generate(
             model, prompts, jnp.ones((B, 3), bool), jax.random.key(0), L - 3, Sampling(0.0)
@@ -129,21 +129,21 @@ def test_generates_greedily_what_the_full_forward_finds_most_probable(tokens):
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_moe_is_recomputed_where_asked(remat):
-    definition = ModelDefinition.of(dataclasses.replace(SPARSE, remat_moe=remat))
+    abstract_model = AbstractModel.of(dataclasses.replace(SPARSE, remat_moe=remat))
 
     def loss(values):
-        logits, _, _ = definition.merge(values)(jnp.zeros((B, L), jnp.int32), None, Mode.TRAIN)
+        logits, _, _ = abstract_model.merge(values)(jnp.zeros((B, L), jnp.int32), None, Mode.TRAIN)
         return jax.nn.logsumexp(logits).mean()
 
     # jax.checkpoint leaves a primitive of its own in the backward pass.
-    assert (" remat" in str(jax.make_jaxpr(jax.grad(loss))(definition.shapes))) == remat
+    assert (" remat" in str(jax.make_jaxpr(jax.grad(loss))(abstract_model.shapes))) == remat
 
 
 def test_layers_of_the_baselines():
     def names(**fields):
         config = dataclasses.replace(SPARSE, num_experts=0, **fields)
         config.validate()
-        return config, ModelDefinition.of(config).shapes
+        return config, AbstractModel.of(config).shapes
 
     deep, shapes = names(hidden_widths=(5, 6))
     assert [w.shape for w in shapes["dense"]["weights"].values()] == [(8, 5), (5, 6), (6, 8)]
@@ -176,7 +176,7 @@ def test_refusals(fields, message):
 
 
 def test_too_long_a_sequence_is_refused():
-    model = ModelDefinition.of(SPARSE).merge(parameters())
+    model = AbstractModel.of(SPARSE).merge(parameters())
     with pytest.raises(UserError, match=r"max_length is 8, but a sequence has 9 tokens"):
         model(jnp.zeros((1, L + 1), jnp.int32), None, Mode.TRAIN)
     with pytest.raises(UserError, match=r"max_length is 8, but a sequence has 9 tokens"):

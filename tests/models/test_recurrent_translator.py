@@ -10,7 +10,7 @@ from flax import nnx
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.recurrent_translator import AttentiveLSTM, RecurrentTranslatorConfig
 from moe_jax.routing.expert_choice import ExpertChoice
 from moe_jax.routing.noisy_top_k import NoisyTopK
@@ -33,7 +33,7 @@ def parameters():
 
 
 def model(values):
-    return ModelDefinition.of(CONFIG).merge(values)
+    return AbstractModel.of(CONFIG).merge(values)
 
 
 @jax.jit
@@ -148,10 +148,10 @@ def test_the_encoder_reads_both_ways_and_the_decoder_does_not_look_ahead(
 def test_every_expert_and_gate_of_both_moes_has_a_gradient():
     inputs = jax.random.randint(jax.random.key(6), (16, M), 1, V)
     targets = jax.random.randint(jax.random.key(7), (16, L), 1, V)
-    definition = ModelDefinition.of(CONFIG)
+    abstract_model = AbstractModel.of(CONFIG)
 
     def loss(values):
-        logits, reports = definition.merge(values)(
+        logits, reports = abstract_model.merge(values)(
             inputs, None, targets, None, Mode.TRAIN, jax.random.key(8)
         )
         auxiliary = sum(report.auxiliary_loss.sum() for report in reports)
@@ -186,4 +186,4 @@ def test_refusals(fields, message):
 def test_a_dense_translator_has_no_moe():
     config = dataclasses.replace(CONFIG, num_experts=0)
     config.validate()
-    assert config.moe_layers == [] and "encoder_moe" not in ModelDefinition.of(config).shapes
+    assert config.moe_layers == [] and "encoder_moe" not in AbstractModel.of(config).shapes

@@ -11,7 +11,7 @@ import pytest
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.vision import (
     Interpolation,
     PatchEmbedding,
@@ -35,18 +35,18 @@ def images(count, size=8):
     return jax.random.normal(jax.random.key(1), (count, size, size, 2))
 
 
-def drawn(definition):
+def drawn(abstract_model):
     """Numbers without a compilation, the head's matrix not 0 as it is at the start."""
     random = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: random.normal(scale=0.3, size=leaf.shape).astype(np.float32),
-        definition.shapes,
+        abstract_model.shapes,
     )
 
 
-def forward(definition):
+def forward(abstract_model):
     """The jitted model: (parameters, images, mask) -> (logits, reports)."""
-    return jax.jit(lambda p, x, mask: definition.merge(p)(x, mask, Mode.EVALUATE))
+    return jax.jit(lambda p, x, mask: abstract_model.merge(p)(x, mask, Mode.EVALUATE))
 
 
 def test_patches_are_a_strided_convolution():
@@ -75,12 +75,12 @@ def test_what_is_classified(pooling):
     """Head and pre-logits layer of the pooled vector; GAP has no class token."""
     config = dataclasses.replace(TINY, pooling=pooling, moe_every=0)
     assert config.num_tokens == (5 if pooling == Pooling.TOKEN else 4)
-    definition = ModelDefinition.of(config)
-    parameters = drawn(definition)
+    abstract_model = AbstractModel.of(config)
+    parameters = drawn(abstract_model)
     assert ("class_token" in parameters) == (pooling == Pooling.TOKEN)
 
     def normed_and_logits(parameters, x):
-        model, normed = definition.merge(parameters), []
+        model, normed = abstract_model.merge(parameters), []
         norm = model.norm
         model.norm = lambda x: normed.append(norm(x)) or normed[0]
         return normed, model(x, None, Mode.EVALUATE)[0]
@@ -100,8 +100,8 @@ def test_filling_images_take_no_slot():
     router = VMoE(k=1, noise=0.0, load_weight=0.0)
     moe = MoEConfig(router, Capacity(0.5, 0.5), group_size=15, experts=TINY.feed_forward)
     config = dataclasses.replace(TINY, num_experts=1, moe=moe)
-    definition = ModelDefinition.of(config)
-    model = functools.partial(forward(definition), drawn(definition))
+    abstract_model = AbstractModel.of(config)
+    model = functools.partial(forward(abstract_model), drawn(abstract_model))
     x, mask = images(3), jnp.array([False, False, True])
     padded, reports = model(x, mask)
     assert [report.statistics["load"].shape for report in reports] == [(1, 1)]
@@ -112,9 +112,9 @@ def test_filling_images_take_no_slot():
 
 
 def test_other_sizes_are_refused():
-    definition = ModelDefinition.of(TINY)
+    abstract_model = AbstractModel.of(TINY)
     with pytest.raises(UserError, match=r"image_size is 8 .* the images are \(12, 12, 2\)"):
-        jax.eval_shape(forward(definition), definition.shapes, images(1, 12), None)
+        jax.eval_shape(forward(abstract_model), abstract_model.shapes, images(1, 12), None)
     for field, value, words in (
         ("patch_size", 3, "patch_size is 3, which does not divide model.image_size=8"),
         ("num_classes", 0, "num_classes is 0; it must be at least 1"),
@@ -144,15 +144,15 @@ def test_interpolated_positions(interpolation):
 def test_a_trained_model_takes_larger_images():
     """A constant image looks the same at twice the size if all positions are equal."""
     config = dataclasses.replace(TINY, moe_every=0, pooling=Pooling.GAP)
-    definition = ModelDefinition.of(config)
-    parameters = drawn(definition)
+    abstract_model = AbstractModel.of(config)
+    parameters = drawn(abstract_model)
     table = parameters["positions"]["table"]
     parameters["positions"]["table"] = np.broadcast_to(table[0], table.shape)
     new, larger = resized(config, parameters, 16)
     assert new.num_tokens == 16 and larger["positions"]["table"].shape == (16, 8)
     ones = jnp.ones((1, 16, 16, 2))
-    expected, _ = forward(definition)(parameters, ones[:, :8, :8], None)
-    found, _ = forward(ModelDefinition.of(new))(larger, ones, None)
+    expected, _ = forward(abstract_model)(parameters, ones[:, :8, :8], None)
+    found, _ = forward(AbstractModel.of(new))(larger, ones, None)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 

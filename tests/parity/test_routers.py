@@ -27,10 +27,10 @@ from flax import nnx
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
 from moe_jax.routing import losses
-from moe_jax.routing.assignment import Mean, TokenAssignment
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.deepseek import DeepSeekV3
 from moe_jax.routing.losses import Losses
+from moe_jax.routing.router import Mean, TokenAssignment
 from moe_jax.routing.token_choice import TopK
 from tests.routing.inputs import group
 

@@ -1,4 +1,4 @@
-"""Ridge regression against its definition, and few-shot accuracy of a tiny model."""
+"""Ridge regression against its abstract_model, and few-shot accuracy of a tiny model."""
 
 import dataclasses
 import functools
@@ -121,9 +121,9 @@ def test_features_are_what_the_head_classifies(trained):
     vectors, labels = features(trained, pipeline, "few_shot")
     assert vectors.shape == (20, 16) and np.bincount(labels).tolist() == [0, 0, 10, 10]
     batch = pipeline.held_out_batches("few_shot", 3)[0]
-    definition, parameters = trained.run.definition, trained.parameters
+    abstract_model, parameters = trained.run.abstract_model, trained.parameters
     with jax.set_mesh(trained.run.mesh):
-        model = jax.jit(lambda p, x: definition.merge(p, {})(pixels(x), None, Mode.EVALUATE)[0])
+        model = jax.jit(lambda p, x: abstract_model.merge(p, {})(pixels(x), None, Mode.EVALUATE)[0])
         logits = model(parameters, batch["image"])
     head = parameters["head"]
     np.testing.assert_allclose(vectors[:8] @ head["kernel"] + head["bias"], logits, atol=1e-5)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.assignment import RouterInputs
+from moe_jax.routing.router import RouterInputs
 
 
 def group(x, *, mask=None, token_ids=None, sequence_ids=None, seed=0, train=True):

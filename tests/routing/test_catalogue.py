@@ -21,7 +21,6 @@ from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.routing import (
-    assignment,
     balanced,
     capacity,
     catalogue,
@@ -35,9 +34,9 @@ from moe_jax.routing import (
     soft,
     token_choice,
 )
-from moe_jax.routing.assignment import ExpertAssignment, SoftAssignment, TokenAssignment
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.catalogue import ENTRIES
+from moe_jax.routing.router import ExpertAssignment, Router, SoftAssignment, TokenAssignment
 from tests.routing.inputs import group, vectors
 
 S, D, E, V = 64, 8, 8, 264
@@ -136,7 +135,7 @@ def test_a_decoder_refuses_routers_that_leak_and_says_what(entry):
 
 
 def test_every_router_class_has_an_entry_and_can_be_in_a_config():
-    leaves, todo = set(), [assignment.Router]
+    leaves, todo = set(), [Router]
     while todo:
         cls = todo.pop()
         todo += cls.__subclasses__()

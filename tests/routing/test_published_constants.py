@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.routing import losses, statistics, tallies
-from moe_jax.routing.assignment import Routing, TokenAssignment
+from moe_jax.routing.router import Routing, TokenAssignment
 
 
 def uniform(num_experts, choices):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.routing import statistics
-from moe_jax.routing.assignment import ExpertAssignment, SoftAssignment, TokenAssignment
+from moe_jax.routing.router import ExpertAssignment, SoftAssignment, TokenAssignment
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

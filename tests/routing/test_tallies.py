@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.routing import statistics
-from moe_jax.routing.assignment import (
+from moe_jax.routing.router import (
     ExpertAssignment,
     Routing,
     SoftAssignment,

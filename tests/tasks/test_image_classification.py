@@ -13,7 +13,7 @@ from moe_jax.data.pipelines import TextData
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEReport
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.vision import Pooling, VisionConfig
 from moe_jax.tasks.image_classification import ClassLoss, ImageClassification, pixels
 
@@ -77,15 +77,15 @@ def test_evaluation_leaves_out_fillers_and_smoothing():
 def test_routing_is_observed_by_patch():
     """Two images of 4 patches and a class token are one group of 10."""
     moe = dataclasses.replace(MODEL.moe, group_size=10)
-    definition = ModelDefinition.of(dataclasses.replace(MODEL, num_layers=2, moe=moe))
+    abstract_model = AbstractModel.of(dataclasses.replace(MODEL, num_layers=2, moe=moe))
 
     def observe(parameters, batch):
-        return ImageClassification().observe(definition.merge(parameters), batch)
+        return ImageClassification().observe(abstract_model.merge(parameters), batch)
 
     image = jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.uint8)
     row, mask = (jax.ShapeDtypeStruct((2,), dtype) for dtype in (jnp.int32, jnp.bool_))
     batch = {"image": image, "label": row, "domain": row, "mask": mask}
-    layers = jax.eval_shape(observe, definition.shapes, batch)
+    layers = jax.eval_shape(observe, abstract_model.shapes, batch)
     assert list(layers) == [1]
     observed = layers[1]
     assert observed.tokens.positions.shape == observed.tokens.labels.shape == (1, 10)

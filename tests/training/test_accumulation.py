@@ -11,9 +11,9 @@ from moe_jax.analysis.hlo import Program
 from moe_jax.errors import UserError
 from moe_jax.layers.embedding import TokenEmbedding
 from moe_jax.layers.moe import MoEConfig, TokenInfo
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.blocks import Pass
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.models.definition import ModelDefinition
 from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.parallel.mesh import TOKEN_AXES, MeshConfig, make_mesh
 from moe_jax.routing.deepseek import DeepSeekV3
@@ -55,10 +55,10 @@ class Steps:
 
     def __init__(self, config, mesh_config, rows, microbatches):
         self.mesh = make_mesh(mesh_config)
-        definition = ModelDefinition.of(config)
-        optimizer = SGD(learning_rate=0.5).build(10, definition.axes)
-        shardings = state_shardings(definition, optimizer, self.mesh, fsdp_min_size=1)
-        step = train_step(definition, LanguageModeling(), optimizer, False, microbatches)
+        abstract_model = AbstractModel.of(config)
+        optimizer = SGD(learning_rate=0.5).build(10, abstract_model.axes)
+        shardings = state_shardings(abstract_model, optimizer, self.mesh, fsdp_min_size=1)
+        step = train_step(abstract_model, LanguageModeling(), optimizer, False, microbatches)
         with jax.set_mesh(self.mesh):
             self.state = initial_state(config, optimizer, 0, shardings)
             placement = NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES))

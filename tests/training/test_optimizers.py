@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from moe_jax.errors import UserError
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.training.optimizers import SGD, Adafactor, AdamW, Decayed, Schedule, is_decayed
 from moe_jax.training.state import state_shardings
@@ -216,9 +216,9 @@ def test_factored_moments_are_split_as_their_parameters_and_change_nothing():
     parameters = random_tree(0, shapes)
     transformation = optimizer.build(10, axes)
     abstract = jax.eval_shape(lambda: parameters)
-    definition = ModelDefinition(None, abstract, axes, {}, {})
+    abstract_model = AbstractModel(None, abstract, axes, {}, {})
     mesh = make_mesh(MeshConfig(data=2, expert=4))
-    shardings = state_shardings(definition, transformation, mesh, fsdp_min_size=1)
+    shardings = state_shardings(abstract_model, transformation, mesh, fsdp_min_size=1)
     moments = optax.tree_utils.tree_get(shardings.optimizer, "rows")
     columns = optax.tree_utils.tree_get(shardings.optimizer, "columns")
     assert moments["w"].spec == PartitionSpec(None, "expert", "data", None)

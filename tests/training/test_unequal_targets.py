@@ -13,8 +13,8 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.layers.embedding import EmbeddingScaling
 from moe_jax.layers.moe import MoEConfig
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.models.definition import ModelDefinition
 from moe_jax.models.encoder_decoder import EncoderDecoderConfig
 from moe_jax.models.mixtures.mixture import MixtureConfig
 from moe_jax.models.recurrent_lm import RecurrentLMConfig
@@ -175,27 +175,27 @@ TASKS = {
 }
 
 
-def drawn(definition):
+def drawn(abstract_model):
     """Parameters of which none is 0, so that every gradient is one."""
-    keys = iter(jax.random.split(jax.random.key(5), len(jax.tree.leaves(definition.shapes))))
+    keys = iter(jax.random.split(jax.random.key(5), len(jax.tree.leaves(abstract_model.shapes))))
     return jax.tree.map(
-        lambda shape: 0.2 * jax.random.normal(next(keys), shape.shape), definition.shapes
+        lambda shape: 0.2 * jax.random.normal(next(keys), shape.shape), abstract_model.shapes
     )
 
 
-def zeros(definition):
-    return jax.tree.map(lambda shape: jnp.zeros(shape.shape), definition.variable_shapes)
+def zeros(abstract_model):
+    return jax.tree.map(lambda shape: jnp.zeros(shape.shape), abstract_model.variable_shapes)
 
 
 def after_a_step(config, task, batch, microbatches, mesh_config=None):
     """What the step subtracts from each parameter, the new variables, and metrics."""
-    definition, optimizer = ModelDefinition.of(config), optax.sgd(1.0)
-    step = train_step(definition, task, optimizer, False, microbatches)
+    abstract_model, optimizer = AbstractModel.of(config), optax.sgd(1.0)
+    step = train_step(abstract_model, task, optimizer, False, microbatches)
     mesh = make_mesh(mesh_config or MeshConfig())
     with jax.set_mesh(mesh):
-        parameters = drawn(definition)
+        parameters = drawn(abstract_model)
         state = TrainState(
-            jnp.zeros((), jnp.int32), parameters, zeros(definition), optimizer.init(parameters)
+            jnp.zeros((), jnp.int32), parameters, zeros(abstract_model), optimizer.init(parameters)
         )
         batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(TOKEN_AXES)))
         after, metrics = jax.jit(step)(state, batch, noise_key(0))
@@ -256,15 +256,20 @@ def test_counting_does_not_compute_the_model(entry):
         moe=MoEConfig(entry.router, entry.capacity or Capacity(), group_size=64),
         bidirectional=True,
     )
-    definition = ModelDefinition.of(config)
+    abstract_model = AbstractModel.of(config)
     parts = (jnp.arange(N), split_rows({"tokens": tokens(65)}, N))
 
     def counts(parameters, parts):
         return loss_counts(
-            definition, MaskedByContent(), parameters, zeros(definition), parts, jax.random.key(0)
+            abstract_model,
+            MaskedByContent(),
+            parameters,
+            zeros(abstract_model),
+            parts,
+            jax.random.key(0),
         )
 
-    text_of_program = jax.jit(counts).lower(definition.shapes, parts).as_text()
+    text_of_program = jax.jit(counts).lower(abstract_model.shapes, parts).as_text()
     assert "dot_general" not in text_of_program
 
 
@@ -296,8 +301,8 @@ def test_a_loss_that_is_not_separable_is_refused_in_microbatches():
     config.microbatches = 2
     with pytest.raises(UserError, match="microbatches is 2, but the task BatchWise does not say"):
         config.validate()
-    definition = ModelDefinition.of(decoder())
+    abstract_model = AbstractModel.of(decoder())
     with pytest.raises(UserError, match="use microbatches=1, or define num_targets"):
-        train_step(definition, BatchWise(), optax.sgd(1.0), False, 2)
+        train_step(abstract_model, BatchWise(), optax.sgd(1.0), False, 2)
     config.task = BatchWiseAgain()
     config.validate()

@@ -8,14 +8,14 @@ import dataclasses
 from moe_jax.analysis.accounting.costs import Accounting, count
 from moe_jax.analysis.accounting.stack import of_stack
 from moe_jax.errors import UserError
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.models.definition import ModelDefinition
 from moe_jax.models.interface import ModelConfig
 
 
 def account(config: DecoderLMConfig, length: int) -> Accounting:
     """Counts a decoder on sequences of `length` tokens, per token."""
-    shapes = ModelDefinition.of(config).shapes
+    shapes = AbstractModel.of(config).shapes
     parameters = count(shapes)
     cost = of_stack(config, shapes["stack"])
     logits = 2.0 * config.vocab_size * config.width

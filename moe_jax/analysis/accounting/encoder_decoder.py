@@ -5,7 +5,7 @@ Axis letters: M input length, L target length, d width, V vocabulary of the targ
 
 from moe_jax.analysis.accounting.costs import Accounting, count
 from moe_jax.analysis.accounting.stack import of_stack
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.encoder_decoder import EncoderDecoderConfig
 
 
@@ -17,7 +17,7 @@ def account(config: EncoderDecoderConfig, input_length: int, target_length: int)
     two products of attention only one is counted, and cross-attention's keys and values as if they
     were computed of the targets. T5-Base has 124B so, and 142B if all is counted.
     """
-    shapes = ModelDefinition.of(config).shapes
+    shapes = AbstractModel.of(config).shapes
     parameters = count(shapes)
     encoder = of_stack(config.encoder, shapes["encoder"])
     decoder = of_stack(config.decoder, shapes["decoder"])

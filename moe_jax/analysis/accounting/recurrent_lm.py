@@ -12,14 +12,14 @@ from typing import Any
 
 from moe_jax.analysis.accounting.costs import Accounting, count
 from moe_jax.layers.moe import MoEConfig
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.recurrent_lm import RecurrentLMConfig
 from moe_jax.routing.noisy_top_k import HierarchicalNoisyTopK
 
 
 def account(config: RecurrentLMConfig) -> Accounting:
     """Counts the model, per token; algorithmic FLOPs have the output layer and the paper's gates."""
-    shapes = ModelDefinition.of(config).shapes
+    shapes = AbstractModel.of(config).shapes
     parameters, logits = count(shapes), config.vocab_size * config.width
     executed, unvisited = float(_products(shapes) + logits), 0.0
     if config.sparse:
@@ -37,13 +37,13 @@ def account(config: RecurrentLMConfig) -> Accounting:
 
 def parameters_without_embeddings(config: RecurrentLMConfig) -> int:
     """All but the embedding and the output layer, as in the paper's Tables 7 and 8."""
-    shapes = ModelDefinition.of(config).shapes
+    shapes = AbstractModel.of(config).shapes
     return count(shapes) - count(shapes["tokens"])
 
 
 def operations_per_timestep(config: RecurrentLMConfig) -> float:
     """Multiply-adds as the paper counts them."""
-    return _operations(config, ModelDefinition.of(config).shapes)
+    return _operations(config, AbstractModel.of(config).shapes)
 
 
 def _operations(config: RecurrentLMConfig, shapes: Mapping[str, Any]) -> float:

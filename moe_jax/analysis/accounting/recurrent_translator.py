@@ -13,7 +13,7 @@ from moe_jax.analysis.accounting.recurrent_lm import (
     of_machine,
     of_paper,
 )
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.recurrent_translator import RecurrentTranslatorConfig
 
 
@@ -21,7 +21,7 @@ def account(
     config: RecurrentTranslatorConfig, source_length: int, target_length: int
 ) -> Accounting:
     """Counts the model, per sequence pair of M and L tokens."""
-    shapes = ModelDefinition.of(config).shapes
+    shapes = AbstractModel.of(config).shapes
     moes = {half: shapes[f"{half}_moe"]["moe"] for half in _halves(config)}
     length = {"encoder": source_length, "decoder": target_length}
     common = (
@@ -48,7 +48,7 @@ def operations_per_timestep(config: RecurrentTranslatorConfig) -> float:
     to both of the paper's figures, 85M and, with many experts that are four times as wide, 102M.
     (GNMT's 214M are such a sum too: 180.4M of its LSTMs and 33.6M of its output layer.)
     """
-    shapes = ModelDefinition.of(config).shapes
+    shapes = AbstractModel.of(config).shapes
     moes = (shapes[f"{half}_moe"]["moe"] for half in _halves(config))
     return (
         _encoder(shapes)

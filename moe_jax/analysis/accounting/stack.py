@@ -76,7 +76,7 @@ class StackCost:
 
 
 def of_stack(config: StackConfig, shapes: Any) -> StackCost:
-    """Counts the stack with these parameters (of a ModelDefinition, the stack's own subtree)."""
+    """Counts the stack with these parameters (of a AbstractModel, the stack's own subtree)."""
     products = memory_products = 0
     routers = memory_scores = 0.0
     experts: list[Experts] = []

@@ -42,7 +42,7 @@ class Rows:
 
 
 def of_stack(config: StackConfig, shapes: Any, rows: Rows, machine: Machine) -> Cost:
-    """Counts the stack with these parameters (of a ModelDefinition, the stack's own subtree)."""
+    """Counts the stack with these parameters (of a AbstractModel, the stack's own subtree)."""
     total = Cost(0.0, 0.0)
     for stage, period in zip(config.stages, shapes["stages"].values(), strict=True):
         sublayers: list[Sublayer] = []

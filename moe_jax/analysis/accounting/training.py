@@ -19,8 +19,8 @@ from moe_jax.analysis.accounting.products import Cost, Product, cost
 from moe_jax.analysis.accounting.recurrent_lm import of_lstm
 from moe_jax.analysis.accounting.stack_products import Rows, of_stack
 from moe_jax.layers.moe import MoEConfig
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.models.definition import ModelDefinition
 from moe_jax.models.encoder_decoder import EncoderDecoderConfig
 from moe_jax.models.recurrent_lm import RecurrentLMConfig
 from moe_jax.models.recurrent_translator import RecurrentTranslatorConfig
@@ -76,7 +76,7 @@ def _cost(model: Any, data: Any, machine: Machine) -> Cost:
 
 @_cost.register
 def _(model: DecoderLMConfig, data: Any, machine: Machine) -> Cost:
-    shapes = ModelDefinition.of(model).shapes
+    shapes = AbstractModel.of(model).shapes
     rows = Rows(data.batch_size, data.sequence_length, causal=not model.bidirectional)
     logits = Product(2.0 * rows.tokens * model.vocab_size * model.width)
     return of_stack(model, shapes["stack"], rows, machine) + cost([[logits]])
@@ -84,7 +84,7 @@ def _(model: DecoderLMConfig, data: Any, machine: Machine) -> Cost:
 
 @_cost.register
 def _(model: EncoderDecoderConfig, data: Any, machine: Machine) -> Cost:
-    shapes = ModelDefinition.of(model).shapes
+    shapes = AbstractModel.of(model).shapes
     inputs = Rows(data.batch_size, data.input_length, causal=False)
     targets = Rows(data.batch_size, data.target_length, causal=True, memory=data.input_length)
     logits = Product(2.0 * targets.tokens * model.output_vocab_size * model.decoder.width)
@@ -97,7 +97,7 @@ def _(model: EncoderDecoderConfig, data: Any, machine: Machine) -> Cost:
 
 @_cost.register
 def _(model: VisionConfig, data: Any, machine: Machine) -> Cost:
-    shapes = ModelDefinition.of(model).shapes
+    shapes = AbstractModel.of(model).shapes
     rows = Rows(data.batch_size, model.num_tokens, causal=False)
     patches = 2.0 * data.batch_size * model.grid**2 * count(shapes["patches"]["kernel"])
     # One vector of each image is classified.
@@ -111,7 +111,7 @@ def _(model: VisionConfig, data: Any, machine: Machine) -> Cost:
 
 @_cost.register
 def _(model: RecurrentLMConfig, data: Any, machine: Machine) -> Cost:
-    shapes = ModelDefinition.of(model).shapes
+    shapes = AbstractModel.of(model).shapes
     tokens = data.batch_size * data.sequence_length
     operations = sum(map(of_lstm, shapes["lstms"].values())) + count(shapes.get("dense", {}))
     operations += model.vocab_size * model.width
@@ -121,7 +121,7 @@ def _(model: RecurrentLMConfig, data: Any, machine: Machine) -> Cost:
 
 @_cost.register
 def _(model: RecurrentTranslatorConfig, data: Any, machine: Machine) -> Cost:
-    shapes = ModelDefinition.of(model).shapes
+    shapes = AbstractModel.of(model).shapes
     inputs, targets = (
         data.batch_size * length for length in (data.input_length, data.target_length)
     )

@@ -5,7 +5,7 @@ Axis letters: L tokens of an image, N patches, p side of a patch, d width, V cla
 
 from moe_jax.analysis.accounting.costs import Accounting, count
 from moe_jax.analysis.accounting.stack import of_stack
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.vision import VisionConfig
 from moe_jax.routing.soft import SoftMoE
 
@@ -16,7 +16,7 @@ def account(config: VisionConfig) -> Accounting:
     Algorithmic FLOPs of Soft MoE have its mixtures and their logits, because the paper counts them
     (Table 8: without them S/16 with 128 experts would have 8.2 GFLOPs an image, and 8.6 is printed).
     """
-    shapes = ModelDefinition.of(config).shapes
+    shapes = AbstractModel.of(config).shapes
     parameters = count(shapes)
     cost = of_stack(config, shapes["stack"])
     tokens = config.num_tokens

@@ -24,8 +24,8 @@ from moe_jax.dispatch.grouped_matmul.interface import Backend, GroupedMatmul
 from moe_jax.dispatch.interface import Dispatch
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
-from moe_jax.routing.assignment import RouterInputs, Routing
 from moe_jax.routing.capacity import Capacity
+from moe_jax.routing.router import RouterInputs, Routing
 from moe_jax.routing.statistics import of_load
 from moe_jax.routing.token_choice import TopK
 

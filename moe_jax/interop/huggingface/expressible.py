@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.errors import UserError
-from moe_jax.models.definition import ModelDefinition
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.stack import StackConfig
 
 # Fields that change training only, or how and not what a model computes.
@@ -66,8 +66,8 @@ def check_expressible(family: str, ours: Any, theirs: Any) -> None:
 
 
 def _shapes(config: Any) -> dict[Any, Any]:
-    definition = ModelDefinition.of(config)
-    return {"parameters": definition.shapes, "variables": definition.variable_shapes}
+    abstract_model = AbstractModel.of(config)
+    return {"parameters": abstract_model.shapes, "variables": abstract_model.variable_shapes}
 
 
 def _differences(ours: Any, theirs: Any, path: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from moe_jax.layers.feed_forward import Activation, FeedForwardForm
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.layers.shared_experts import BranchMix
 from moe_jax.models.stack import ComputeDtype, StackConfig
-from moe_jax.routing.assignment import Router
+from moe_jax.routing.router import Router
 
 # A config.json.
 Fields = Mapping[str, Any]

@@ -23,8 +23,8 @@ from moe_jax.interop.huggingface.files import Stored
 from moe_jax.interop.huggingface.layout import Region, overlap, size_of, within
 from moe_jax.interop.huggingface.table import Tensor
 from moe_jax.interop.huggingface.tokenizer import FolderTokenizer
+from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.decoder_lm import DecoderLM
-from moe_jax.models.definition import ModelDefinition
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.parallel.sharding import parameter_shardings
 
@@ -54,10 +54,10 @@ def load(
     family = family_of(hf)
     config = family.config_from_hf(hf)
     config.validate()
-    definition = ModelDefinition.of(config)
+    abstract_model = AbstractModel.of(config)
     trees = (
-        (definition.shapes, definition.axes),
-        (definition.variable_shapes, definition.variable_axes),
+        (abstract_model.shapes, abstract_model.axes),
+        (abstract_model.variable_shapes, abstract_model.variable_axes),
     )
     shapes = {
         path: leaf.shape
@@ -72,7 +72,7 @@ def load(
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return _load_leaf(name, leaf.shape, sharding, tensors[name], stored, dtype)
 
-    return definition.merge(
+    return abstract_model.merge(
         *(
             jax.tree.map_with_path(
                 loaded, tree, parameter_shardings(tree, axes, mesh, fsdp_min_size)

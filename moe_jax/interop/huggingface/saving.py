@@ -16,7 +16,7 @@ from moe_jax.interop.huggingface.files import Written
 from moe_jax.interop.huggingface.layout import Region, overlap, size_of, within
 from moe_jax.interop.huggingface.loading import BLOCK_BYTES
 from moe_jax.interop.huggingface.table import Tensor
-from moe_jax.models.definition import numbers_of
+from moe_jax.models.abstract_model import arrays_of
 
 
 def save(
@@ -48,7 +48,7 @@ def save(
     check_expressible(family, model.config, chosen.config_from_hf(hf))
     arrays = {
         path: array
-        for tree in numbers_of(model)
+        for tree in arrays_of(model)
         for path, array in zip(matching.paths(tree), jax.tree.leaves(tree), strict=True)
     }
     shapes = {path: array.shape for path, array in arrays.items()}

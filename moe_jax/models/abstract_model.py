@@ -1,4 +1,4 @@
-"""A model without its numbers: its graph, and the shapes and dimension names of its parameters."""
+"""An abstract model: its graph, parameter shapes and dimension names, but no arrays."""
 
 import dataclasses
 from typing import Any
@@ -9,16 +9,16 @@ from flax import nnx
 from moe_jax.layers.moe import MoE
 from moe_jax.models.interface import ModelConfig
 
-# Numbers of a model, or what stands in their places: dicts in dicts, with leaves of one kind.
+# Arrays of a model, or what stands in their places: dicts in dicts, with leaves of one kind.
 Tree = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelDefinition:
-    """A model without its numbers, which come in two trees of nested dicts.
+class AbstractModel:
+    """A model without its arrays, which come in two trees of nested dicts.
 
     Attributes:
-      graph: what `nnx.merge` needs to make a model of numbers.
+      graph: what `nnx.merge` needs to make a model of arrays.
       shapes: tree of ShapeDtypeStructs of the parameters, which gradients train.
       axes: the same tree with a tuple of dimension names at each leaf.
       variable_shapes, variable_axes: the same of all else that a model keeps, such as the routers'
@@ -32,7 +32,7 @@ class ModelDefinition:
     variable_axes: Tree
 
     @classmethod
-    def of(cls, config: ModelConfig) -> "ModelDefinition":
+    def of(cls, config: ModelConfig) -> "AbstractModel":
         """From a model config with `build(key)`; allocates nothing."""
         model = nnx.eval_shape(lambda: config.build(jax.random.key(0)))
         for module_path, module in moe_modules(model).items():
@@ -47,7 +47,7 @@ class ModelDefinition:
         )
 
     def merge(self, parameters: Tree, variables: Tree | None = None) -> Any:
-        """The model with these numbers; most models have no variables."""
+        """The model with these arrays; most models have no variables."""
         return nnx.merge(self.graph, parameters, {} if variables is None else variables)
 
 
@@ -60,7 +60,7 @@ def moe_modules(model: nnx.Module) -> dict[str, MoE]:
     }
 
 
-def numbers_of(model: nnx.Module) -> tuple[Tree, Tree]:
+def arrays_of(model: nnx.Module) -> tuple[Tree, Tree]:
     """The parameters and the variables of a model, as nested dicts."""
     _, (parameters, variables) = _split(model)
     return nnx.to_pure_dict(parameters), nnx.to_pure_dict(variables)

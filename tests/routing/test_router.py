@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.routing.assignment import Mean, Router, Routing, TokenAssignment
+from moe_jax.routing.router import Mean, Router, Routing, TokenAssignment
 from tests.routing.inputs import group, vectors
 
 
