@@ -22,7 +22,7 @@ from moe_jax import command_line
 from moe_jax.errors import UserError
 from moe_jax.reproduction import report, suite
 from moe_jax.reproduction.claim import Claim, Profile
-from moe_jax.reproduction.suite import Plan
+from moe_jax.reproduction.suite import SidePlan
 from moe_jax.training import provenance
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def _complaint(
     )
 
 
-def _conditions(plans: list[Plan], profile: Profile, processes: int) -> report.Conditions:
+def _conditions(plans: list[SidePlan], profile: Profile, processes: int) -> report.Conditions:
     """Of the runs of a claim, as their folders say."""
     found = [
         run.provenance()

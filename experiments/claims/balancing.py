@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments.claims import _text
 from moe_jax.analysis.figures import DENSE, SPARSE
-from moe_jax.reproduction.claim import TEST, Claim, Measurement, Profile, Side, Table
+from moe_jax.reproduction.claim import TEST, Claim, Measurement, Profile, ResultTable, Side
 from moe_jax.reproduction.results import FinishedRun, Results, SideResult
 from moe_jax.reproduction.verdicts import Finding, compare, describe
 from moe_jax.routing.deepseek import DeepSeekV3
@@ -223,7 +223,7 @@ PUBLISHED = {
 """Side -> what papers print of the setting nearest to it."""
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> ResultTable:
     """A row for each side: loss, balance on the test split, and the papers' figures."""
     columns = [
         "side",
@@ -251,7 +251,7 @@ def table(results: Results) -> Table:
         ]
         for name, side in results.sides.items()
     ]
-    return Table(columns, rows)
+    return ResultTable(columns, rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure, SubFigure
 from experiments.claims import _images
 from moe_jax.analysis.figures import DENSE, NEUTRAL, SPARSE
 from moe_jax.models.vision import Pooling
-from moe_jax.reproduction.claim import TEST, Claim, Measurement, Profile, Side, Table
+from moe_jax.reproduction.claim import TEST, Claim, Measurement, Profile, ResultTable, Side
 from moe_jax.reproduction.measurements import with_changes
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
@@ -189,7 +189,7 @@ def findings(results: Results) -> list[Finding]:
     ]
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> ResultTable:
     """A row for each inference capacity, and the dense twin."""
     columns = [
         "inference capacity factor",
@@ -206,7 +206,7 @@ def table(results: Results) -> Table:
         for factor in CAPACITIES
     ]
     dense = describe(results["dense"].sample(_images.test_accuracy))
-    return Table(columns, [*rows, ["dense twin", dense, "-", "-", "curves only"]])
+    return ResultTable(columns, [*rows, ["dense twin", dense, "-", "-", "curves only"]])
 
 
 def draw(results: Results, figure: Figure) -> None:

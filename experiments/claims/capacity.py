@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.claims import _text
 from moe_jax.analysis.figures import NEUTRAL, SPARSE
-from moe_jax.reproduction.claim import TEST, Claim, Measurement, Profile, Side, Table
+from moe_jax.reproduction.claim import TEST, Claim, Measurement, Profile, ResultTable, Side
 from moe_jax.reproduction.measurements import test_split, with_changes
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
@@ -164,7 +164,7 @@ def evaluation_drop_rate(run: FinishedRun, factor: float) -> float:
     return 100 * run.measured[at_evaluation_factor(factor).name]["dropped"]
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> ResultTable:
     """A row for each factor of training."""
     columns = [
         "factor in training",
@@ -181,7 +181,7 @@ def table(results: Results) -> Table:
         describe(dropless.test_losses),
         *("-" for _ in PUBLISHED),
     ]
-    return Table(columns, [*(_row(results, factor) for factor in FACTORS), last])
+    return ResultTable(columns, [*(_row(results, factor) for factor in FACTORS), last])
 
 
 def _row(results: Results, trained_at: float) -> list[str]:

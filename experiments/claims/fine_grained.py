@@ -22,8 +22,8 @@ from moe_jax.reproduction.claim import (
     Claim,
     Measurement,
     Profile,
+    ResultTable,
     Side,
-    Table,
     read_config,
 )
 from moe_jax.reproduction.measurements import test_split, test_split_with
@@ -326,7 +326,7 @@ def increase_without_best(run: FinishedRun) -> float:
     return float(np.mean([loss_of(run, without_best(share)) for share in DISABLED])) - run.test_loss
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> ResultTable:
     """A row for each side, and one for each way in which DeepSeekMoE lost experts."""
     columns = [
         "experts (routed + shared)",
@@ -364,7 +364,7 @@ def table(results: Results) -> Table:
     )
     for choices in FEWER_CHOICES:
         later("fewer routed ones after training", with_choices(choices), choices, None)
-    return Table(columns, rows)
+    return ResultTable(columns, rows)
 
 
 def draw(results: Results, figure: Figure) -> None:

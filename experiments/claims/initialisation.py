@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments.claims import _stability, _text
 from moe_jax.analysis.figures import NEUTRAL, SPARSE
-from moe_jax.reproduction.claim import Claim, Profile, Side, Table
+from moe_jax.reproduction.claim import Claim, Profile, ResultTable, Side
 from moe_jax.reproduction.results import FinishedRun, Results, SideResult
 from moe_jax.reproduction.verdicts import Finding, compare, describe
 from moe_jax.training.optimizers import Adafactor
@@ -110,7 +110,7 @@ def deviations(sample: Sequence[float]) -> list[float]:
     return [abs(x - median) if math.isfinite(median) else math.inf for x in sample]
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> ResultTable:
     """A row for each scale, with the paper's."""
     end = results[side_name(1.0)].config.steps
     columns = [
@@ -122,7 +122,7 @@ def table(results: Results) -> Table:
         "Switch, Table 3: loss at step 3,500 (nats per token)",
         "Switch, Table 3: standard deviation",
     ]
-    return Table(columns, [_row(results[side_name(scale)], scale, end) for scale in SCALES])
+    return ResultTable(columns, [_row(results[side_name(scale)], scale, end) for scale in SCALES])
 
 
 def _row(side: SideResult, scale: float, end: int) -> list[str]:

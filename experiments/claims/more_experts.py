@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.claims import _text
 from moe_jax.analysis.figures import DENSE, NEUTRAL, SPARSE
-from moe_jax.reproduction.claim import Claim, Profile, Side, Table
+from moe_jax.reproduction.claim import Claim, Profile, ResultTable, Side
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
 
@@ -163,7 +163,7 @@ def steps_to(target: float, run: FinishedRun) -> float:
     return float(steps[before] * (steps[after] / steps[before]) ** way)
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> ResultTable:
     """A row for each number of experts, ours and the papers'."""
     columns = [
         "experts for each one visited",
@@ -173,7 +173,7 @@ def table(results: Results) -> Table:
         *(f"{paper} (nats; divided by E = 1)" for paper in PUBLISHED),
     ]
     ratios = sorted(set(EXPERTS).union(*PUBLISHED.values()))
-    return Table(columns, [_row(results, ratio) for ratio in ratios])
+    return ResultTable(columns, [_row(results, ratio) for ratio in ratios])
 
 
 def _row(results: Results, ratio: int) -> list[str]:

@@ -15,7 +15,7 @@ from experiments.claims.capacity import (
     training_drop_rate,
 )
 from moe_jax.analysis.figures import DENSE, NEUTRAL, SPARSE
-from moe_jax.reproduction.claim import TEST, Claim, Profile, Side, Table
+from moe_jax.reproduction.claim import TEST, Claim, Profile, ResultTable, Side
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
 from moe_jax.routing.service import ServiceOrder
@@ -144,7 +144,7 @@ def gains(results: Results, factor: float) -> list[float]:
     ]
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> ResultTable:
     """A row for each side, with the paper's loss where it has one."""
     columns = [
         "side",
@@ -153,7 +153,7 @@ def table(results: Results) -> Table:
         "evaluated at a factor of 2",
         "ST-MoE, Tables 8 and 18 (nats per token)",
     ]
-    return Table(columns, [_row(results, *case) for case in CASES])
+    return ResultTable(columns, [_row(results, *case) for case in CASES])
 
 
 def _row(results: Results, order: ServiceOrder, factor: float, k: int) -> list[str]:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from experiments.claims import _stability, _text
 from moe_jax.analysis.figures import NEUTRAL, SPARSE
 from moe_jax.models.stack import ComputeDtype
-from moe_jax.reproduction.claim import Claim, Profile, Side, Table
+from moe_jax.reproduction.claim import Claim, Profile, ResultTable, Side
 from moe_jax.reproduction.results import FinishedRun, Results, SideResult
 from moe_jax.reproduction.verdicts import Finding, compare, describe
 from moe_jax.routing.scores import RouterDtype
@@ -98,7 +98,7 @@ def diverged(run: FinishedRun) -> float:
     return float(losses[-1] > losses.min() + RISE)
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> ResultTable:
     """A row for each precision, with the paper's."""
     columns = [
         "precision",
@@ -108,7 +108,7 @@ def table(results: Results) -> Table:
         "diverged seeds",
         "Switch, Table 2 (nats per token)",
     ]
-    return Table(columns, [_row(results[name], name) for name in PRECISIONS])
+    return ResultTable(columns, [_row(results[name], name) for name in PRECISIONS])
 
 
 def _row(side: SideResult, name: str) -> list[str]:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from experiments.claims import _stability, _text
 from moe_jax.analysis.figures import NEUTRAL, SPARSE
-from moe_jax.reproduction.claim import Claim, Profile, Side, Table
+from moe_jax.reproduction.claim import Claim, Profile, ResultTable, Side
 from moe_jax.reproduction.results import FinishedRun, Results, SideResult
 from moe_jax.reproduction.verdicts import Finding, compare, describe
 
@@ -98,7 +98,7 @@ def logsumexp_at_end(run: FinishedRun) -> float:
     return float(values[-math.ceil(len(values) / 10) :].mean())
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> ResultTable:
     """A row for each c_z, with the paper's."""
     columns = [
         "c_z",
@@ -108,7 +108,7 @@ def table(results: Results) -> Table:
         "ST-MoE, Table 4: loss (nats per token)",
         "ST-MoE, Table 4: stable runs",
     ]
-    return Table(columns, [_row(results[side_name(c)], c) for c in COEFFICIENTS])
+    return ResultTable(columns, [_row(results[side_name(c)], c) for c in COEFFICIENTS])
 
 
 def _row(side: SideResult, coefficient: float) -> list[str]:

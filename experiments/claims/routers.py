@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.claims import _text
 from moe_jax.analysis.figures import DENSE, NEUTRAL, SPARSE
-from moe_jax.reproduction.claim import Claim, Profile, Side, Table, read_config
+from moe_jax.reproduction.claim import Claim, Profile, ResultTable, Side, read_config
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
 from moe_jax.routing.balanced import BASE, Solver
@@ -128,7 +128,7 @@ def findings(results: Results) -> list[Finding]:
     ]  # fmt: skip
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> ResultTable:
     """A row for each router, with the papers' losses."""
     columns = [
         "router",
@@ -151,7 +151,7 @@ def table(results: Results) -> Table:
         load = "-" if name == DENSE_TWIN else describe(side.sample(imbalance))
         shares = [f"{mean / dense:.3f}", f"{mean - switch:+.3f}"]
         rows.append([name, describe(side.test_losses), *shares, load, *papers])
-    return Table(columns, rows)
+    return ResultTable(columns, rows)
 
 
 def imbalance(run: FinishedRun) -> float:

@@ -28,7 +28,7 @@ from moe_jax.analysis.scaling_law import (
     slope,
 )
 from moe_jax.errors import UserError
-from moe_jax.reproduction.claim import Claim, Table
+from moe_jax.reproduction.claim import Claim, ResultTable
 from moe_jax.reproduction.results import Results
 from moe_jax.reproduction.verdicts import Finding, Verdict, agree, compare, overall
 
@@ -262,7 +262,7 @@ def slopes_by_size(models: Mapping[str, Models]) -> list[float]:
     return [float(np.mean([slope(x[x.N == N]) for x in routed])) for N in SIZES.values()]
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> ResultTable:
     """Rows for Table 3, the refit, and the refit without saturation."""
     columns = [
         "router", "fit", "a", "b", "c", "d", "E_start", "E_max", "N_cutoff (billions)",
@@ -276,7 +276,7 @@ def table(results: Results) -> Table:
         for (name, fit), ours in refits().items():
             if name == router:
                 rows.append([router, f"refit, {fit}", *_cells(ours)])
-    return Table(columns, rows)
+    return ResultTable(columns, rows)
 
 
 def _cells(ours: Refit) -> list[str]:

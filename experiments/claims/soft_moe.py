@@ -12,7 +12,7 @@ from moe_jax.analysis.figures import DENSE, NEUTRAL, SPARSE
 from moe_jax.layers.attention import MultiHead, Positions, QKNorm
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.vision import Pooling
-from moe_jax.reproduction.claim import TEST, Claim, Measurement, Profile, Side, Table
+from moe_jax.reproduction.claim import TEST, Claim, Measurement, Profile, ResultTable, Side
 from moe_jax.reproduction.few_shot import few_shot
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
@@ -205,7 +205,7 @@ def findings(results: Results) -> list[Finding]:
     ]
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> ResultTable:
     """A row for each side."""
     columns = [
         "side",
@@ -229,7 +229,7 @@ def table(results: Results) -> Table:
                 f"{paper[0]} / {paper[1]}" if paper else "-",
             ]
         )
-    return Table(columns, rows)
+    return ResultTable(columns, rows)
 
 
 def draw(results: Results, figure: Figure) -> None:

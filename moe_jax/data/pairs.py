@@ -125,7 +125,7 @@ class PairData(CorpusData):
         return PairPipeline(self, seed, self.tokenizer.load(workdir))
 
 
-class Translations:
+class TranslationTokens:
     """Sentences in several languages: an example is P texts, some of them empty.
 
     Attributes:
@@ -154,7 +154,7 @@ class PairRows(Sequence[Row]):
 
     def __init__(
         self,
-        translations: Translations,
+        translations: TranslationTokens,
         pair: tuple[int, int],
         instruction: np.ndarray,
         lengths: tuple[int, int],
@@ -273,7 +273,7 @@ class PairPipeline(RowPipeline):
         config, languages = self._config, self._config.languages
         # A split without an example has no stream.
         tokens = next(iter(streams.values()), np.empty(0, self.tokenizer.dtype))
-        translations = Translations(tokens, len(languages))
+        translations = TranslationTokens(tokens, len(languages))
         rows = {}
         for pair in config.pairs:
             source, target = (languages.index(language) for language in pair.split("-"))

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch.grouped_matmul.blocks import Block, for_each_block
+from moe_jax.dispatch.grouped_matmul.blocks import GemmBlock, for_each_block
 from moe_jax.dispatch.interface import Network, batched_product, run
 from moe_jax.dispatch.varying import varying_zeros
 
@@ -132,7 +132,7 @@ def _loop(network: Network, weights: Any, x: jax.Array, gates: jax.Array, rows: 
     """[R, d] outputs of the looped rows."""
     inputs = _take(x, rows.looped, gates)
 
-    def body(block: Block, out: jax.Array) -> jax.Array:
+    def body(block: GemmBlock, out: jax.Array) -> jax.Array:
         keys = None if rows.looped_keys is None else block.rows(rows.looped_keys)
         of_expert = jax.tree.map(block.of_expert, weights)
         return block.write(out, run(network, of_expert, block.rows(inputs), keys, jnp.matmul))
@@ -164,7 +164,7 @@ def _loop_backward(
     of_rows = _take(gradient, rows.looped, gates)
     of_outputs = (of_rows * _gates(gates, rows.looped)[:, None]).astype(x.dtype)
 
-    def body(block: Block, sums: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+    def body(block: GemmBlock, sums: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         keys = None if rows.looped_keys is None else block.rows(rows.looped_keys)
         _, pullback = jax.vjp(
             lambda w, r: run(network, w, r, keys, jnp.matmul),

@@ -26,7 +26,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import force_host_devices, mesh_of
 from moe_jax.pods import hardware
 from moe_jax.pods.hardware import Topology
-from moe_jax.pods.report import GIB, CollectiveSum, Memory, PodReport, Terms
+from moe_jax.pods.report import GIB, CollectiveSum, DeviceMemory, PodReport, Terms
 from moe_jax.pods.roofline import collective_seconds, roofline
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.run import Run
@@ -173,12 +173,12 @@ def _no_cache() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", enabled)
 
 
-def _memory(run: Run, topology: Topology, compiled: Any, refusal: str) -> Memory:
+def _memory(run: Run, topology: Topology, compiled: Any, refusal: str) -> DeviceMemory:
     state, parameters, optimizer_state = _state_bytes(run)
     capacity = topology.chip.hbm
     if compiled:
         found = compiled.memory_analysis()
-        return Memory(
+        return DeviceMemory(
             arguments=found.argument_size_in_bytes,
             parameters=parameters,
             optimizer_state=optimizer_state,
@@ -190,7 +190,7 @@ def _memory(run: Run, topology: Topology, compiled: Any, refusal: str) -> Memory
         )
     needed = _REFUSAL.search(refusal)
     total = int(float(needed["needed"]) * _UNITS[needed["unit"]]) if needed else None
-    return Memory(
+    return DeviceMemory(
         arguments=state,
         parameters=parameters,
         optimizer_state=optimizer_state,

@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class DeviceMemory:
     """Bytes of a device's memory in one step.
 
     Attributes:
@@ -114,7 +114,7 @@ class PodReport:
       params: number of parameters.
       parameter_dtype, optimizer: as they are kept; the optimizer's name and the dtypes of its state.
       rows_per_step, tokens_per_step, unit: of a global batch; `unit` is token or image.
-      hbm: see `Memory`.
+      hbm: see `DeviceMemory`.
       fits: the compiler accepts it, and the parts of its memory add up to no more than the capacity.
       refusal: what the compiler said if not.
       flops_per_device: that the program executes, kernels for dropless experts as in balance.
@@ -144,7 +144,7 @@ class PodReport:
     rows_per_step: int
     tokens_per_step: int
     unit: str
-    hbm: Memory
+    hbm: DeviceMemory
     fits: bool
     refusal: str
     flops_per_device: float
@@ -173,7 +173,7 @@ class PodReport:
         values["collectives"] = tuple(
             dataclasses.replace(one, axes=tuple(one.axes)) for one in collectives
         )
-        values["hbm"] = Memory(**values["hbm"])
+        values["hbm"] = DeviceMemory(**values["hbm"])
         values["roofline"] = values["roofline"] and Terms(**values["roofline"])
         return cls(**values)
 

@@ -98,7 +98,7 @@ def read_config(file: str) -> Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class ResultTable:
     """The paper's figures beside ours.
 
     Attributes:
@@ -131,5 +131,5 @@ class Claim:
     statement: str
     sides: Callable[[Profile], Sequence[Side]]
     findings: Callable[["Results"], Sequence[Finding]]
-    table: Callable[["Results"], Table]
+    table: Callable[["Results"], ResultTable]
     draw: Callable[["Results", Figure], None]

@@ -46,7 +46,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SidePlan:
     """A side of a claim in a suite's workdir."""
 
     claim: str
@@ -136,12 +136,12 @@ class Working:
     start: float
 
 
-def plans_of(claim: Claim, profile: Profile, workdir: pathlib.Path) -> list[Plan]:
+def plans_of(claim: Claim, profile: Profile, workdir: pathlib.Path) -> list[SidePlan]:
     """Of all sides."""
-    return [Plan(claim.name, side, workdir) for side in claim.sides(profile)]
+    return [SidePlan(claim.name, side, workdir) for side in claim.sides(profile)]
 
 
-def jobs_of(plans: Sequence[Plan]) -> list[Job]:
+def jobs_of(plans: Sequence[SidePlan]) -> list[Job]:
     """What can be done now, each run once with the measurements that all plans want."""
     jobs: dict[pathlib.Path, Job] = {}
     for plan in plans:
@@ -152,7 +152,7 @@ def jobs_of(plans: Sequence[Plan]) -> list[Job]:
     return list(jobs.values())
 
 
-def run_all(plans: Sequence[Plan], processes: int) -> dict[pathlib.Path, str]:
+def run_all(plans: Sequence[SidePlan], processes: int) -> dict[pathlib.Path, str]:
     """Trains and measures until nothing can be done any more.
 
     Args:
@@ -205,7 +205,7 @@ def results_of(claim: Claim, profile: Profile, workdir: pathlib.Path) -> Results
 
 
 def _start_what_can_be(
-    plans: Sequence[Plan],
+    plans: Sequence[SidePlan],
     failed: Mapping[pathlib.Path, str],
     running: dict[int, Working],
     processes: int,
@@ -237,13 +237,13 @@ def _ended(running: Mapping[int, Working], received: Sequence[int]) -> list[int]
     return [place for place, working in running.items() if working.process.exitcode is not None]
 
 
-def _left(plans: Sequence[Plan]) -> int:
+def _left(plans: Sequence[SidePlan]) -> int:
     return len(set[object]().union(*(plan.runs_left() for plan in plans)))
 
 
 def _show(
     bar: tqdm,
-    plans: Sequence[Plan],
+    plans: Sequence[SidePlan],
     running: Mapping[int, Working],
     failed: Mapping[pathlib.Path, str],
 ) -> None:

@@ -28,7 +28,7 @@ from etils import epath, epy
 
 from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
-from moe_jax.training.stages import Stage
+from moe_jax.training.stages import CheckpointStage
 from moe_jax.training.storage import absolute, is_remote
 
 with epy.lazy_imports():  # Orbax takes longer to import than JAX.
@@ -63,7 +63,7 @@ class Checkpoints:
         self,
         directory: epath.PathLike,
         keep: int = 3,
-        on_stage: Callable[[Stage, int], None] | None = None,
+        on_stage: Callable[[CheckpointStage, int], None] | None = None,
     ) -> None:
         if keep < 1:
             raise UserError(
@@ -98,7 +98,7 @@ class Checkpoints:
             multihost.by_first_process(lambda: self._make_ready(step, state))
             self._write_payload(step, state)
             if jax.process_index() == 0:
-                self._on_stage(Stage.COMMITTED, step)
+                self._on_stage(CheckpointStage.COMMITTED, step)
                 _write_manifest(self._folder(step))
         except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError.
             if isinstance(error, ValueError) and not _OS_ERROR_CODE.search(str(error)):
@@ -112,7 +112,7 @@ class Checkpoints:
                 f" (last good checkpoint: {_step_or_none(good)})."
             ) from error
         if jax.process_index() == 0:
-            self._on_stage(Stage.DONE, step)
+            self._on_stage(CheckpointStage.DONE, step)
             self._retire(step)
         multihost.wait_for_all()
 

@@ -25,7 +25,7 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
 from moe_jax.training import experiment, metrics, provenance
-from moe_jax.training.checkpoints import Checkpoints, Stage
+from moe_jax.training.checkpoints import Checkpoints, CheckpointStage
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.run import Run, signals_of
@@ -54,7 +54,7 @@ class DivergedError(UserError):
 def train(
     config: Experiment,
     workdir: epath.PathLike,
-    on_stage: Callable[[Stage, int], None] | None = None,
+    on_stage: Callable[[CheckpointStage, int], None] | None = None,
     profiled: range = range(0),
 ) -> list[metrics.Record]:
     """Trains until `config.steps`, continuing the run in `workdir` if there is one.

@@ -3,7 +3,7 @@
 import enum
 
 
-class Stage(enum.StrEnum):
+class CheckpointStage(enum.StrEnum):
     """How far a save has come; an interruption is harmless at each of them."""
 
     WRITING = "writing"  # The temporary folder exists, the arrays are not in it yet.

@@ -1,4 +1,4 @@
-"""Bytes to and from main memory: by hand, and beside XLA's own count where that is right."""
+"""TrafficBytes to and from main memory: by hand, and beside XLA's own count where that is right."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.analysis.hlo import Bytes, Program
+from moe_jax.analysis.hlo import Program, TrafficBytes
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def moved(body: str, rest: str = "") -> Bytes:
+def moved(body: str, rest: str = "") -> TrafficBytes:
     lines = "\n".join(f"  {line}" for line in body.strip().splitlines())
     text = f"HloModule jit_f\n{rest}\nENTRY %main (p: f32[8]) -> f32[8] {{\n{lines}\n}}\n"
     return Program(text).memory_bytes()
@@ -34,7 +34,7 @@ def test_what_names_memory_moves_nothing():
 %new = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"
 ROOT %out = (f32[2,4]{1,0}, f32[8]{0}, f32[8]{0}) tuple(%y, %c, %new)
 """
-    ) == Bytes(0, exact=True)
+    ) == TrafficBytes(0, exact=True)
 
 
 def test_what_lies_in_the_cores_memory_is_paid_when_it_comes_and_goes():
@@ -50,7 +50,7 @@ def test_what_lies_in_the_cores_memory_is_paid_when_it_comes_and_goes():
 %sum = f32[1024]{0:T(1024)S(1)} add(%done, %done)
 ROOT %out = f32[1024]{0:T(1024)} copy(%sum)
 """
-    ) == Bytes(4096 + 1024 + 4096, exact=True)
+    ) == TrafficBytes(4096 + 1024 + 4096, exact=True)
 
 
 FUSED = """
@@ -124,7 +124,7 @@ def test_what_an_instruction_moves(line, count):
 %u = f32[3,16]{1,0} parameter(4)
 %a = token[] after-all()
 """
-    assert moved(f"{given_}ROOT %out = {line}", FUSED) == Bytes(count, exact=True)
+    assert moved(f"{given_}ROOT %out = {line}", FUSED) == TrafficBytes(count, exact=True)
 
 
 def test_a_loop_of_unknown_length_is_said_to_be_inexact():

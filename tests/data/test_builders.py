@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe_jax.data.builders import debian_text, python_library
 from moe_jax.data.builders.html_text import html_to_text
-from moe_jax.data.builders.labelled_text import Block, assign_splits, corpus_sha256, split_text
+from moe_jax.data.builders.labelled_text import TextBlock, assign_splits, corpus_sha256, split_text
 from moe_jax.data.sources import prepare_dataset
 from moe_jax.errors import UserError
 from tests.data.package_clients import install_clients, write_tar
@@ -30,7 +30,7 @@ def test_a_piece_ends_at_a_blank_line_or_at_twice_its_size():
 
 def test_every_domain_has_held_out_blocks():
     sizes = {"large": 1000, "small": 20}
-    blocks = [Block(d, f"{i}#0", "x") for d, size in sizes.items() for i in range(size)]
+    blocks = [TextBlock(d, f"{i}#0", "x") for d, size in sizes.items() for i in range(size)]
     splits = assign_splits(blocks)
     counts = {split: collections.Counter(b.domain for b in splits[split]) for split in splits}
     assert counts["validation"] == counts["test"] == {"large": 50, "small": 1}
@@ -40,8 +40,8 @@ def test_every_domain_has_held_out_blocks():
 
 
 def test_the_digest_sees_where_a_text_belongs():
-    blocks = [Block("a", "n#0", "xy"), Block("a", "n#1", "z")]
-    moved = [Block("a", "n#0", "x"), Block("a", "n#1", "yz")]
+    blocks = [TextBlock("a", "n#0", "xy"), TextBlock("a", "n#1", "z")]
+    moved = [TextBlock("a", "n#0", "x"), TextBlock("a", "n#1", "yz")]
     assert corpus_sha256(blocks) == corpus_sha256(list(blocks))
     assert corpus_sha256(blocks) != corpus_sha256(moved)
 

@@ -16,13 +16,13 @@ import pytest
 from moe_jax.analysis import figures
 from moe_jax.analysis.benchmark import cases, measurement, plan, products, report, rows, timing
 from moe_jax.analysis.benchmark.cases import Pass, Shape, Skew
-from moe_jax.analysis.benchmark.timing import NO_LIMITS, Limits, Schedule
+from moe_jax.analysis.benchmark.timing import NO_LIMITS, Limits, Rounds
 from moe_jax.analysis.benchmark.variants import VARIANTS
 from moe_jax.dispatch.grouped_matmul.interface import Backend
 from moe_jax.errors import UserError
 from tests.scripts import ROOT, script
 
-ONCE = Schedule(rounds=1, least_rounds=1, seconds=0)
+ONCE = Rounds(rounds=1, least_rounds=1, seconds=0)
 TINY = Shape(tokens=64, width=8, experts=4, k=2)
 KEYS = {
     "variant", "tokens", "width", "experts", "k", "skew", "mode", "ratio_to_dense",
@@ -153,7 +153,7 @@ def test_gradients_of_everything_are_kept():
     def layer(weights, x):
         return x @ (weights["a"] * weights["b"]), {"largest": x.max()}
 
-    program = timing.Program.of(layer, Pass.FORWARD_BACKWARD, weights, x)
+    program = timing.TimedProgram.of(layer, Pass.FORWARD_BACKWARD, weights, x)
     y, statistics, (of_weights, of_x) = program(weights, x)
     assert y.shape == (64, 6) and statistics["largest"] == 1 and program.temp_bytes >= 0
     np.testing.assert_allclose(
@@ -172,7 +172,7 @@ def test_rounds_interleave_and_slow_programs_leave_early():
         time.sleep(seconds)
 
     calls = {"fast": lambda: call("fast", 0), "slow": lambda: call("slow", 0.03)}
-    times = timing.interleaved(calls, Schedule(rounds=5, least_rounds=2, seconds=0.02))
+    times = timing.interleaved(calls, Rounds(rounds=5, least_rounds=2, seconds=0.02))
     assert log.count("fast") == 5 and log.count("slow") == 2
     assert all(set(log[i : i + 2]) == {"fast", "slow"} for i in (0, 2))
     assert np.isnan(times["slow"][2:]).all() and (times["slow"][:2] > 0.03).all()

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from moe_jax.pods.report import CollectiveSum, Memory, PodReport, Terms
+from moe_jax.pods.report import CollectiveSum, DeviceMemory, PodReport, Terms
 
-MEMORY = Memory(
+MEMORY = DeviceMemory(
     arguments=100,
     parameters=60,
     optimizer_state=30,

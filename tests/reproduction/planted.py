@@ -10,7 +10,7 @@ import sys
 from matplotlib.figure import Figure
 
 from moe_jax.reproduction import report, suite
-from moe_jax.reproduction.claim import Claim, Profile, Side, Table
+from moe_jax.reproduction.claim import Claim, Profile, ResultTable, Side
 from moe_jax.reproduction.results import Results
 from moe_jax.reproduction.verdicts import Finding, compare
 from moe_jax.training.experiment import Experiment
@@ -49,8 +49,8 @@ def planted(data_dir: str) -> Claim:
             compare("null", "", larger=learns, smaller=again),
         ]
 
-    def table(results: Results) -> Table:
-        return Table(
+    def table(results: Results) -> ResultTable:
+        return ResultTable(
             ["", "ours"], [[name, str(results[name].test_losses)] for name in results.sides]
         )
 

@@ -11,14 +11,14 @@ from absl import flags
 
 from moe_jax import command_line
 from moe_jax.training import loop
-from moe_jax.training.checkpoints import Stage
+from moe_jax.training.checkpoints import CheckpointStage
 from tests.tiny import tiny_config
 
 
 def main() -> None:
     data_dir, workdir, *where = sys.argv[1:]
 
-    def on_stage(stage: Stage, step: int) -> None:
+    def on_stage(stage: CheckpointStage, step: int) -> None:
         if where == [stage.value, str(step)]:
             os.kill(os.getpid(), signal.SIGKILL)
 

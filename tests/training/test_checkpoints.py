@@ -22,7 +22,7 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.errors import UserError
-from moe_jax.training.checkpoints import Checkpoints, Stage
+from moe_jax.training.checkpoints import Checkpoints, CheckpointStage
 
 _AXES = ("data", "expert", "model")
 
@@ -282,7 +282,7 @@ _CHILD = """
     import jax, jax.numpy as jnp
     jax.config.update("jax_platforms", "cpu")
     from moe_jax.errors import UserError
-    from moe_jax.training.checkpoints import Checkpoints, Stage
+    from moe_jax.training.checkpoints import Checkpoints, CheckpointStage
     directory = sys.argv[1]
 """
 
@@ -293,7 +293,7 @@ def _run_child(body: str, *args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("stage", list(Stage))
+@pytest.mark.parametrize("stage", list(CheckpointStage))
 def test_sigkill_at_any_stage(tmp_path, stage):
     Checkpoints(tmp_path).save(20, _state(20))
     child = _run_child(
@@ -309,16 +309,16 @@ def test_sigkill_at_any_stage(tmp_path, stage):
     assert len(list(tmp_path.iterdir())) == 2  # The interrupted save left its folder.
 
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.newest_good() == (40 if stage is Stage.DONE else 20)
+    assert checkpoints.newest_good() == (40 if stage is CheckpointStage.DONE else 20)
     checkpoints.save(60, _state(60))
     assert checkpoints.newest_good() == 60
-    assert checkpoints.steps() == ([20, 40, 60] if stage is Stage.DONE else [20, 60])
+    assert checkpoints.steps() == ([20, 40, 60] if stage is CheckpointStage.DONE else [20, 60])
     assert {p.name for p in tmp_path.iterdir()} == set(map(str, checkpoints.steps()))
 
 
-@pytest.mark.parametrize("stage", [Stage.WRITING, Stage.COMMITTED])
+@pytest.mark.parametrize("stage", [CheckpointStage.WRITING, CheckpointStage.COMMITTED])
 def test_unfinished_alone_counts_as_none(tmp_path, warnings, stage):
-    def interrupt(reached: Stage, step: int) -> None:
+    def interrupt(reached: CheckpointStage, step: int) -> None:
         if reached is stage:
             raise KeyboardInterrupt
 
@@ -367,7 +367,7 @@ def test_full_disk_at_the_manifest(two_saved, tmp_path, monkeypatch):
 
 def test_too_little_space_is_refused_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
-    reached: list[Stage] = []
+    reached: list[CheckpointStage] = []
     checkpoints = Checkpoints(tmp_path, on_stage=lambda stage, step: reached.append(stage))
     with pytest.raises(UserError, match=r"0\.0 MB are free .* \(last good checkpoint: none\)"):
         checkpoints.save(20, _state())

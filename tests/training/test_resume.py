@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_jax.training import loop, metrics
-from moe_jax.training.checkpoints import Checkpoints, Stage
+from moe_jax.training.checkpoints import Checkpoints, CheckpointStage
 from moe_jax.training.run import Run
 from tests.tiny import tiny_config
 
@@ -79,10 +79,10 @@ def assert_same_run(workdir, reference, data_dir) -> None:
 def test_killed_before_during_and_after_each_commit(uninterrupted, data_dir, tmp_path):
     """Each process dies one stage further than the one before; the last run finishes."""
     for stage, step, good in [
-        (Stage.WRITING, 4, None),
-        (Stage.WRITTEN, 8, 4),
-        (Stage.COMMITTED, 8, 4),
-        (Stage.DONE, 8, 8),
+        (CheckpointStage.WRITING, 4, None),
+        (CheckpointStage.WRITTEN, 8, 4),
+        (CheckpointStage.COMMITTED, 8, 4),
+        (CheckpointStage.DONE, 8, 8),
     ]:
         assert run(data_dir, tmp_path, stage.value, str(step)) == -signal.SIGKILL
         assert Checkpoints(tmp_path / "checkpoints").newest_good() == good

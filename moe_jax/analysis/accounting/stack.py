@@ -18,7 +18,7 @@ _NO_PRODUCTS = ("bias", "norm", "relative", "scale", "b_")
 
 
 @dataclasses.dataclass(frozen=True)
-class Experts:
+class ExpertCost:
     """The experts of one MoE layer.
 
     Attributes:
@@ -52,7 +52,7 @@ class StackCost:
     products: int
     memory_products: int
     routers: float
-    experts: tuple[Experts, ...]
+    experts: tuple[ExpertCost, ...]
     scores: float
     memory_scores: float
 
@@ -79,7 +79,7 @@ def of_stack(config: StackConfig, shapes: Any) -> StackCost:
     """Counts the stack with these parameters (of a AbstractModel, the stack's own subtree)."""
     products = memory_products = 0
     routers = memory_scores = 0.0
-    experts: list[Experts] = []
+    experts: list[ExpertCost] = []
     for stage, period in zip(config.stages, shapes["stages"].values(), strict=True):
         for num_experts, block in zip(stage.experts, period["blocks"].values(), strict=True):
             block = dict(block)
@@ -104,9 +104,9 @@ def of_stack(config: StackConfig, shapes: Any) -> StackCost:
     return StackCost(products, memory_products, routers, tuple(experts), scores, memory_scores)
 
 
-def _experts(moe: MoEConfig, num_experts: int, layers: int, shapes: Any) -> Experts:
+def _experts(moe: MoEConfig, num_experts: int, layers: int, shapes: Any) -> ExpertCost:
     slots = moe.slots(num_experts, train=True)
-    return Experts(
+    return ExpertCost(
         num_experts,
         count(shapes) // (num_experts * layers),
         products_with(shapes) // (num_experts * layers),
@@ -115,7 +115,7 @@ def _experts(moe: MoEConfig, num_experts: int, layers: int, shapes: Any) -> Expe
     )
 
 
-def _mixing(width: int, moe: MoEConfig, layer: Experts) -> float:
+def _mixing(width: int, moe: MoEConfig, layer: ExpertCost) -> float:
     """Multiply-adds for each token of Soft MoE's two mixtures, each of S * E * P * d for a group."""
     if not isinstance(moe.router, SoftMoE):
         return 0.0

@@ -20,7 +20,7 @@ from moe_jax.models.stack import SparseDense, StackConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class TokenRows:
     """What a stack runs on.
 
     Attributes:
@@ -41,7 +41,7 @@ class Rows:
         return self.batch * self.length
 
 
-def of_stack(config: StackConfig, shapes: Any, rows: Rows, machine: Machine) -> Cost:
+def of_stack(config: StackConfig, shapes: Any, rows: TokenRows, machine: Machine) -> Cost:
     """Counts the stack with these parameters (of a AbstractModel, the stack's own subtree)."""
     total = Cost(0.0, 0.0)
     for stage, period in zip(config.stages, shapes["stages"].values(), strict=True):
@@ -59,7 +59,7 @@ def _of_block(
     rule: int,
     num_experts: int,
     shapes: Mapping[str, Any],
-    rows: Rows,
+    rows: TokenRows,
     machine: Machine,
 ) -> list[Sublayer]:
     """The sublayers of a block, each of which is added to the residual stream, in their order."""
@@ -79,7 +79,7 @@ def _of_block(
 
 
 def _of_attention(
-    config: StackConfig, shapes: Mapping[str, Any], rows: Rows, machine: Machine
+    config: StackConfig, shapes: Mapping[str, Any], rows: TokenRows, machine: Machine
 ) -> Sublayer:
     attention = config.attention
     kv_heads, positions = config.num_heads, Positions.NONE
@@ -109,7 +109,7 @@ def _of_attention(
 
 
 def _of_cross_attention(
-    config: StackConfig, shapes: Mapping[str, Any], rows: Rows, machine: Machine
+    config: StackConfig, shapes: Mapping[str, Any], rows: TokenRows, machine: Machine
 ) -> Sublayer:
     heads, width = config.num_heads, config.head_width
     scores = Scores(

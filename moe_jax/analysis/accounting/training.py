@@ -17,7 +17,7 @@ from moe_jax.analysis.accounting.machine import Machine
 from moe_jax.analysis.accounting.moe_products import of_moe
 from moe_jax.analysis.accounting.products import Cost, Product, cost
 from moe_jax.analysis.accounting.recurrent_lm import of_lstm
-from moe_jax.analysis.accounting.stack_products import Rows, of_stack
+from moe_jax.analysis.accounting.stack_products import TokenRows, of_stack
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.decoder_lm import DecoderLMConfig
@@ -77,7 +77,7 @@ def _cost(model: Any, data: Any, machine: Machine) -> Cost:
 @_cost.register
 def _(model: DecoderLMConfig, data: Any, machine: Machine) -> Cost:
     shapes = AbstractModel.of(model).shapes
-    rows = Rows(data.batch_size, data.sequence_length, causal=not model.bidirectional)
+    rows = TokenRows(data.batch_size, data.sequence_length, causal=not model.bidirectional)
     logits = Product(2.0 * rows.tokens * model.vocab_size * model.width)
     return of_stack(model, shapes["stack"], rows, machine) + cost([[logits]])
 
@@ -85,8 +85,8 @@ def _(model: DecoderLMConfig, data: Any, machine: Machine) -> Cost:
 @_cost.register
 def _(model: EncoderDecoderConfig, data: Any, machine: Machine) -> Cost:
     shapes = AbstractModel.of(model).shapes
-    inputs = Rows(data.batch_size, data.input_length, causal=False)
-    targets = Rows(data.batch_size, data.target_length, causal=True, memory=data.input_length)
+    inputs = TokenRows(data.batch_size, data.input_length, causal=False)
+    targets = TokenRows(data.batch_size, data.target_length, causal=True, memory=data.input_length)
     logits = Product(2.0 * targets.tokens * model.output_vocab_size * model.decoder.width)
     return (
         of_stack(model.encoder, shapes["encoder"], inputs, machine)
@@ -98,7 +98,7 @@ def _(model: EncoderDecoderConfig, data: Any, machine: Machine) -> Cost:
 @_cost.register
 def _(model: VisionConfig, data: Any, machine: Machine) -> Cost:
     shapes = AbstractModel.of(model).shapes
-    rows = Rows(data.batch_size, model.num_tokens, causal=False)
+    rows = TokenRows(data.batch_size, model.num_tokens, causal=False)
     patches = 2.0 * data.batch_size * model.grid**2 * count(shapes["patches"]["kernel"])
     # One vector of each image is classified.
     head = sum(count(shapes[name]["kernel"]) for name in ("pre_logits", "head") if name in shapes)

@@ -19,8 +19,8 @@ from moe_jax.analysis.benchmark.cases import Pass, Shape, Skew
 from moe_jax.analysis.benchmark.rows import Row, case_of
 from moe_jax.analysis.benchmark.timing import (
     Limits,
-    Program,
-    Schedule,
+    Rounds,
+    TimedProgram,
     TooExpensive,
     interleaved,
     ratio_quartiles,
@@ -52,7 +52,7 @@ def measure(
     which: Pass,
     names: Mapping[Skew, Sequence[str]],
     limits: Limits,
-    schedule: Schedule,
+    schedule: Rounds,
 ) -> Iterator[Row]:
     """Measures layers and floors; compiles each program once for all skews.
 
@@ -73,15 +73,15 @@ def measure(
     example = _tokens(shape, Skew.UNIFORM, parameters)
     wanted = dict.fromkeys(name for of_skew in names.values() for name in of_skew)
 
-    def compile_layer(name: str) -> Program | TooExpensive:
+    def compile_layer(name: str) -> TimedProgram | TooExpensive:
         try:
-            return Program.of(VARIANTS[name](shape), which, parameters, example, limits)
+            return TimedProgram.of(VARIANTS[name](shape), which, parameters, example, limits)
         except TooExpensive as reason:
             return reason
 
     left_out = {}
     for name, result in zip(wanted, _in_threads(compile_layer, wanted), strict=True):
-        if isinstance(result, Program):
+        if isinstance(result, TimedProgram):
             programs[name] = result
         else:
             left_out[name] = str(result)
@@ -114,7 +114,7 @@ def measure(
 
 def _floors(
     shape: Shape, which: Pass, parameters: Any
-) -> dict[str, tuple[Program, Any, jax.Array]]:
+) -> dict[str, tuple[TimedProgram, Any, jax.Array]]:
     """Name -> (program, its parameters, its rows). Random rows: products do not look at values."""
     weights = {name: parameters[name] for name in ("w_in", "w_out")}
     first = jax.tree.map(lambda a: a[0], weights)
@@ -126,9 +126,9 @@ def _floors(
         BALANCED: (balanced_floor, weights, by_expert),
     }
 
-    def compile_floor(name: str) -> tuple[Program, Any, jax.Array]:
+    def compile_floor(name: str) -> tuple[TimedProgram, Any, jax.Array]:
         floor, its_parameters, its_rows = floors[name]
-        return Program.of(floor, which, its_parameters, its_rows), its_parameters, its_rows
+        return TimedProgram.of(floor, which, its_parameters, its_rows), its_parameters, its_rows
 
     return dict(zip(floors, _in_threads(compile_floor, floors), strict=True))
 
@@ -166,7 +166,7 @@ PARTS = ("router", "statistics", "dispatch_and_combine", "expert_products")
 
 
 def measure_parts(
-    shape: Shape, which: Pass, names: Sequence[str], schedule: Schedule
+    shape: Shape, which: Pass, names: Sequence[str], schedule: Rounds
 ) -> Iterator[Row]:
     """Where the time of layers goes, under uniform routing.
 
@@ -204,7 +204,9 @@ def measure_parts(
 
     def compile_call(program: tuple[Layer, Any]) -> Callable[[], Any]:
         layer, its_parameters = program
-        return functools.partial(Program.of(layer, which, its_parameters, x), its_parameters, x)
+        return functools.partial(
+            TimedProgram.of(layer, which, its_parameters, x), its_parameters, x
+        )
 
     calls: Calls = dict(zip(programs, _in_threads(compile_call, programs.values()), strict=True))
     for call in calls.values():

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from moe_jax.analysis.benchmark.cases import Pass, Shape, Skew
 from moe_jax.analysis.benchmark.measurement import PARTS, measure, measure_parts
 from moe_jax.analysis.benchmark.rows import Row, case_of, key_of
-from moe_jax.analysis.benchmark.timing import THOROUGH, Limits, Schedule
+from moe_jax.analysis.benchmark.timing import THOROUGH, Limits, Rounds
 from moe_jax.analysis.benchmark.variants import VARIANTS
 
 # The layers whose time is also told apart by parts.
@@ -21,7 +21,7 @@ PARTS_VARIANTS = ("gather_cf1.0", "dropless")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """A benchmark.
 
     Attributes:
@@ -36,12 +36,12 @@ class Plan:
     names: Mapping[Skew, Sequence[str]]
     parts: Sequence[tuple[Shape, Pass]]
     flops_limit: float
-    schedule: Schedule
+    schedule: Rounds
 
 
 # Calls of 10 seconds are left out, on 2 cores. The cheapest shapes come first, so that an
 # interrupted grid has the most of them.
-FULL = Plan(
+FULL = BenchmarkPlan(
     grid=sorted(
         itertools.starmap(
             Shape, itertools.product((2048, 8192), (256, 512), (8, 32, 64, 128), (1, 2, 8))
@@ -61,7 +61,7 @@ FULL = Plan(
 # that the goals are about, with the routing of the goals; for ragged_dot that is uniform, because XLA
 # makes it multiply all rows by all experts on CPUs, so its time knows no skew. The limit leaves its
 # backward pass to the first shape.
-QUICK = Plan(
+QUICK = BenchmarkPlan(
     grid=[
         Shape(2048, 256, 8, 2),
         Shape(2048, 512, 8, 1),
@@ -74,11 +74,11 @@ QUICK = Plan(
     },
     parts=[(Shape(2048, 512, 8, 1), Pass.FORWARD_BACKWARD)],
     flops_limit=1.3e11,
-    schedule=Schedule(rounds=5, least_rounds=2, seconds=0.3),
+    schedule=Rounds(rounds=5, least_rounds=2, seconds=0.3),
 )
 
 
-def measure_missing(plan: Plan, rows: Sequence[Row]) -> Iterator[Row]:
+def measure_missing(plan: BenchmarkPlan, rows: Sequence[Row]) -> Iterator[Row]:
     """Measures, with a progress bar, what `rows` does not have yet.
 
     Yields:
@@ -101,7 +101,7 @@ def measure_missing(plan: Plan, rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def missing_layers(
-    plan: Plan, done: set[tuple[Any, ...]]
+    plan: BenchmarkPlan, done: set[tuple[Any, ...]]
 ) -> list[tuple[Shape, Pass, dict[Skew, list[str]]]]:
     """The variants by skew that each shape and pass has no row of; `done` holds keys of rows."""
     missing = []
@@ -120,7 +120,7 @@ def missing_layers(
     return missing
 
 
-def missing_parts(plan: Plan, done: set[tuple[Any, ...]]) -> list[tuple[Shape, Pass]]:
+def missing_parts(plan: BenchmarkPlan, done: set[tuple[Any, ...]]) -> list[tuple[Shape, Pass]]:
     """The cases of which some part has no row."""
 
     def is_done(shape: Shape, which: Pass) -> bool:

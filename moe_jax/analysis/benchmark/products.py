@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_jax.analysis.benchmark.cases import Skew, log_popularity
 from moe_jax.analysis.benchmark.rows import Row
-from moe_jax.analysis.benchmark.timing import Schedule, interleaved
+from moe_jax.analysis.benchmark.timing import Rounds, interleaved
 from moe_jax.dispatch.grouped_matmul.interface import Backend, GroupedMatmul, grouped_matmul
 from moe_jax.errors import UserError
 
@@ -178,7 +178,7 @@ def relative_error(operation: Operation, inputs: Inputs, result: Any) -> float:
 
 
 def measure_products(
-    shape: ProductShape, skew: Skew, backends: Sequence[Backend], schedule: Schedule
+    shape: ProductShape, skew: Skew, backends: Sequence[Backend], schedule: Rounds
 ) -> Iterator[Row]:
     """Times one product by every backend, operation by operation.
 

@@ -71,7 +71,7 @@ NO_LIMITS = Limits(float("inf"), float("inf"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class TimedProgram:
     """A compiled pass of a layer.
 
     Attributes:
@@ -85,7 +85,7 @@ class Program:
     @classmethod
     def of(
         cls, layer: Layer, which: Pass, parameters: Any, x: jax.Array, limits: Limits = NO_LIMITS
-    ) -> "Program":
+    ) -> "TimedProgram":
         """Compiles a layer.
 
         The outputs are y and the statistics, and with FORWARD_BACKWARD the gradients of the
@@ -126,7 +126,7 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class Rounds:
     """How often programs run.
 
     Attributes:
@@ -141,12 +141,10 @@ class Schedule:
 
 
 # For figures that are published.
-THOROUGH = Schedule(rounds=15, least_rounds=3, seconds=3.0)
+THOROUGH = Rounds(rounds=15, least_rounds=3, seconds=3.0)
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], Any]], schedule: Schedule
-) -> dict[str, np.ndarray]:
+def interleaved(calls: Mapping[str, Callable[[], Any]], schedule: Rounds) -> dict[str, np.ndarray]:
     """Times of calls that have run before, each once per round, in a new order every round.
 
     In one order for all rounds, a program would always find the caches as the same other left them.

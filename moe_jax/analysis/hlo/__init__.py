@@ -14,18 +14,18 @@ from moe_jax.analysis.hlo.kernels import Kernel
 from moe_jax.analysis.hlo.products import MatrixProduct
 from moe_jax.analysis.hlo.program import Program
 from moe_jax.analysis.hlo.text import Array
-from moe_jax.analysis.hlo.traffic import Bytes
+from moe_jax.analysis.hlo.traffic import TrafficBytes
 from moe_jax.analysis.hlo.trips import Trips
 
 __all__ = [
     "COLLECTIVES",
     "Array",
-    "Bytes",
     "Collective",
     "Kernel",
     "MatrixProduct",
     "Piece",
     "Program",
+    "TrafficBytes",
     "Trips",
     "communicating_groups",
 ]

@@ -8,7 +8,7 @@ from moe_jax.analysis.hlo.kernels import Kernel, is_kernel, kernel_of
 from moe_jax.analysis.hlo.op_names import op_names_of
 from moe_jax.analysis.hlo.products import MatrixProduct, product_flops
 from moe_jax.analysis.hlo.text import CONTAINERS, Instruction, Shape, operand_shapes, parse
-from moe_jax.analysis.hlo.traffic import Bytes, memory_bytes
+from moe_jax.analysis.hlo.traffic import TrafficBytes, memory_bytes
 from moe_jax.analysis.hlo.trips import Trips, trips_of
 
 
@@ -70,8 +70,8 @@ class Program:
             if is_kernel(instruction)
         ]
 
-    def memory_bytes(self) -> Bytes:
-        """Bytes that one call reads from and writes to main memory (HBM) on one device."""
+    def memory_bytes(self) -> TrafficBytes:
+        """TrafficBytes that one call reads from and writes to main memory (HBM) on one device."""
         return memory_bytes(self._module, self._trips)
 
     def op_name(self, instruction: str) -> str:

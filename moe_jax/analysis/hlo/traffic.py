@@ -42,7 +42,7 @@ _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
 
 
 @dataclasses.dataclass(frozen=True)
-class Bytes:
+class TrafficBytes:
     """An amount of memory traffic.
 
     Attributes:
@@ -54,8 +54,8 @@ class Bytes:
     exact: bool
 
 
-def memory_bytes(module: Module, trips: Mapping[str, Trips]) -> Bytes:
-    """Bytes that one call of a program reads and writes in main memory, on one device.
+def memory_bytes(module: Module, trips: Mapping[str, Trips]) -> TrafficBytes:
+    """TrafficBytes that one call of a program reads and writes in main memory, on one device.
 
     Args:
       module: the program.
@@ -69,7 +69,7 @@ def memory_bytes(module: Module, trips: Mapping[str, Trips]) -> Bytes:
         )
         total += trips[name].count * moved
         exact &= trips[name].exact or not moved
-    return Bytes(total, exact)
+    return TrafficBytes(total, exact)
 
 
 def _running(module: Module, computation: str) -> set[str]:
@@ -82,7 +82,7 @@ def _running(module: Module, computation: str) -> set[str]:
 
 
 def _moved(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Bytes that one run of an instruction outside of fusions reads and writes."""
+    """TrafficBytes that one run of an instruction outside of fusions reads and writes."""
     if _is_free(instruction):
         return 0
     operands = operand_shapes(computation, instruction)
@@ -135,7 +135,7 @@ def _shares_of_parameters(module: Module, fusion: Instruction) -> list[float]:
 
 
 def _written(module: Module, computation: Computation, instruction: Instruction) -> int:
-    """Bytes of the result, or of what changes in an array that is updated."""
+    """TrafficBytes of the result, or of what changes in an array that is updated."""
     if instruction.opcode == "send":
         return 0  # Its result is its operand.
     if instruction.opcode == "recv":
@@ -167,7 +167,7 @@ def _written_by_fusion(
 
 
 def _updated_bytes(computation: Computation, update: Instruction) -> int:
-    """Bytes that an update changes: those of what it writes, at most the whole array."""
+    """TrafficBytes that an update changes: those of what it writes, at most the whole array."""
     written = computation[update.operands[_UPDATES[update.opcode]]].shape
     sizes = (sum(array.bytes for array in arrays_of(shape)) for shape in (written, update.shape))
     return min(sizes)

@@ -26,7 +26,7 @@ class Document:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class TextBlock:
     """A piece of a document: one example of the dataset."""
 
     domain: str
@@ -58,7 +58,7 @@ def split_text(text: str, block_bytes: int) -> Iterator[str]:
         yield "".join(piece)
 
 
-def assign_splits(blocks: Iterable[Block]) -> dict[str, list[Block]]:
+def assign_splits(blocks: Iterable[TextBlock]) -> dict[str, list[TextBlock]]:
     """Divides blocks into train, validation and test, about 90 / 5 / 5 in every domain.
 
     A block's place depends on the sha256 of its key. Ranking the blocks of a domain by that hash,
@@ -68,10 +68,10 @@ def assign_splits(blocks: Iterable[Block]) -> dict[str, list[Block]]:
     Other blocks of a document may be in another split, so held-out loss measures new text from
     known documents, as the losses of two models on the same split are compared.
     """
-    by_domain: dict[str, list[Block]] = collections.defaultdict(list)
+    by_domain: dict[str, list[TextBlock]] = collections.defaultdict(list)
     for block in blocks:
         by_domain[block.domain].append(block)
-    splits: dict[str, list[Block]] = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[TextBlock]] = {"train": [], "validation": [], "test": []}
     for domain in sorted(by_domain):
         ranked = sorted(by_domain[domain], key=lambda b: hashlib.sha256(b.key.encode()).digest())
         held_out = max(1, round(HELD_OUT_FRACTION * len(ranked)))
@@ -81,7 +81,7 @@ def assign_splits(blocks: Iterable[Block]) -> dict[str, list[Block]]:
     return splits
 
 
-def corpus_sha256(blocks: Iterable[Block]) -> str:
+def corpus_sha256(blocks: Iterable[TextBlock]) -> str:
     """The sha256 over every block's key and text, in order, as hexadecimal digits."""
     digest = hashlib.sha256()
     for block in blocks:
@@ -93,7 +93,7 @@ def corpus_sha256(blocks: Iterable[Block]) -> str:
     return digest.hexdigest()
 
 
-def _domain_sizes(blocks: Iterable[Block]) -> dict[str, dict[str, int]]:
+def _domain_sizes(blocks: Iterable[TextBlock]) -> dict[str, dict[str, int]]:
     sizes: dict[str, dict[str, int]] = {}
     for block in blocks:
         size = sizes.setdefault(block.domain, {"bytes": 0, "documents": 0, "blocks": 0})
@@ -139,7 +139,7 @@ class LabelledTextBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
     ) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
         documents, origin = self.collect(pathlib.Path(dl_manager.download_dir) / self.name)
         blocks = [
-            Block(document.domain, f"{document.name}#{index}", text)
+            TextBlock(document.domain, f"{document.name}#{index}", text)
             for document in documents
             for index, text in enumerate(split_text(document.text, self.BLOCK_BYTES))
         ]
@@ -150,6 +150,6 @@ class LabelledTextBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
             for split, chosen in assign_splits(blocks).items()
         }
 
-    def _generate_examples(self, blocks: list[Block]) -> Iterator[tuple[str, dict[str, str]]]:
+    def _generate_examples(self, blocks: list[TextBlock]) -> Iterator[tuple[str, dict[str, str]]]:
         for block in blocks:
             yield block.key, dataclasses.asdict(block)

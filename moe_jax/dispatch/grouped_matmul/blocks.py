@@ -22,7 +22,7 @@ from moe_jax.dispatch.varying import varying_zeros
 LADDER = ((1024, 768), (256, 128), (128, 64), (64, 0))
 
 
-class Block:
+class GemmBlock:
     """M consecutive rows, of which those from `first` up to `end` are one expert's."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Block:
 
 
 def for_each_block(
-    sizes: jax.Array, total: int, body: Callable[[Block, Any], Any], carry: Any
+    sizes: jax.Array, total: int, body: Callable[[GemmBlock, Any], Any], carry: Any
 ) -> Any:
     """Folds `body` over blocks that together hold every row of each expert once.
 
@@ -88,7 +88,7 @@ def for_each_block(
             expert = jnp.sum(last <= i)
             first = starts[expert] + (i - last[expert] + counts[expert]) * size
             end = jnp.minimum(first + size, ends[expert])
-            return body(Block(expert, first, end, size, total), carry)
+            return body(GemmBlock(expert, first, end, size, total), carry)
 
         if total:
             carry = jax.lax.fori_loop(0, last[-1], step, carry)
@@ -102,7 +102,7 @@ def product(
     """Each row times its group's matrix: [R, d] and [E, d, f] ([E, f, d] transposed) to [R, f]."""
     width = rhs.shape[1] if transpose_rhs else rhs.shape[2]
 
-    def body(block: Block, out: jax.Array) -> jax.Array:
+    def body(block: GemmBlock, out: jax.Array) -> jax.Array:
         weight = block.of_expert(rhs)
         values = block.rows(lhs) @ (weight.T if transpose_rhs else weight)
         return block.write(out, values)
@@ -114,7 +114,7 @@ def product(
 def outer(lhs: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Each group's lhs^T gradient: [R, d] and [R, f] to [E, d, f] float32."""
 
-    def body(block: Block, out: jax.Array) -> jax.Array:
+    def body(block: GemmBlock, out: jax.Array) -> jax.Array:
         values = jnp.matmul(
             block.own(block.rows(lhs)).T, block.rows(gradient), preferred_element_type=jnp.float32
         )

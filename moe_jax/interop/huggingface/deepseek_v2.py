@@ -14,7 +14,7 @@ from moe_jax.interop.huggingface.family import (
     refuse_other,
     required,
 )
-from moe_jax.interop.huggingface.table import Row, Tensor
+from moe_jax.interop.huggingface.table import Tensor, TensorRow
 from moe_jax.layers.latent_attention import MultiHeadLatent
 from moe_jax.layers.positions import RotaryScaling
 from moe_jax.models.decoder_lm import DecoderLMConfig
@@ -24,9 +24,9 @@ from moe_jax.routing.token_choice import TokenChoice, TopK
 
 SPARSE = (
     *llama_like.SPARSE,
-    Row("mlp/shared/dense/w_gate", "mlp.shared_experts.gate_proj.weight", "f d -> d f"),
-    Row("mlp/shared/dense/w_in", "mlp.shared_experts.up_proj.weight", "f d -> d f"),
-    Row("mlp/shared/dense/w_out", "mlp.shared_experts.down_proj.weight", "d f -> f d"),
+    TensorRow("mlp/shared/dense/w_gate", "mlp.shared_experts.gate_proj.weight", "f d -> d f"),
+    TensorRow("mlp/shared/dense/w_in", "mlp.shared_experts.up_proj.weight", "f d -> d f"),
+    TensorRow("mlp/shared/dense/w_out", "mlp.shared_experts.down_proj.weight", "d f -> f d"),
 )
 
 # Their name of each field of `MultiHeadLatent`.
@@ -53,22 +53,24 @@ _LATENT_EPSILON = 1e-6
 _GREEDY, _LIMITED = "greedy", "group_limited_greedy"
 
 
-def attention_rows(attention: MultiHeadLatent) -> tuple[Row, ...]:
+def attention_rows(attention: MultiHeadLatent) -> tuple[TensorRow, ...]:
     """Rotated pairs of queries and keys are neighbours there."""
     pairs = attention.rotary_width
-    queries: tuple[Row, ...] = (
-        Row("attention/query_down", "self_attn.q_a_proj.weight", "q d -> d q"),
-        Row("attention/query_norm/scale", "self_attn.q_a_layernorm.weight", "q -> q"),
-        Row("attention/query", "self_attn.q_b_proj.weight", "(H n) q -> q H n", pairs),
+    queries: tuple[TensorRow, ...] = (
+        TensorRow("attention/query_down", "self_attn.q_a_proj.weight", "q d -> d q"),
+        TensorRow("attention/query_norm/scale", "self_attn.q_a_layernorm.weight", "q -> q"),
+        TensorRow("attention/query", "self_attn.q_b_proj.weight", "(H n) q -> q H n", pairs),
     )
     if not attention.query_rank:
-        queries = (Row("attention/query", "self_attn.q_proj.weight", "(H n) d -> d H n", pairs),)
+        queries = (
+            TensorRow("attention/query", "self_attn.q_proj.weight", "(H n) d -> d H n", pairs),
+        )
     return (
         *queries,
-        Row("attention/kv_down", "self_attn.kv_a_proj_with_mqa.weight", "c d -> d c", pairs),
-        Row("attention/latent_norm/scale", "self_attn.kv_a_layernorm.weight", "c -> c"),
-        Row("attention/key_value", "self_attn.kv_b_proj.weight", "(H n) c -> c H n"),
-        Row("attention/out", "self_attn.o_proj.weight", "d (H v) -> H v d"),
+        TensorRow("attention/kv_down", "self_attn.kv_a_proj_with_mqa.weight", "c d -> d c", pairs),
+        TensorRow("attention/latent_norm/scale", "self_attn.kv_a_layernorm.weight", "c -> c"),
+        TensorRow("attention/key_value", "self_attn.kv_b_proj.weight", "(H n) c -> c H n"),
+        TensorRow("attention/out", "self_attn.o_proj.weight", "d (H v) -> H v d"),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_jax.interop.huggingface import deepseek_v2, llama_like
 from moe_jax.interop.huggingface.family import Family, Fields, component, refuse_other, required
-from moe_jax.interop.huggingface.table import Row, Tensor
+from moe_jax.interop.huggingface.table import Tensor, TensorRow
 from moe_jax.layers.latent_attention import MultiHeadLatent
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.routing.deepseek import DeepSeekV3
@@ -16,7 +16,7 @@ from moe_jax.routing.losses import Losses
 
 _SPARSE = (
     *deepseek_v2.SPARSE,
-    Row("mlp/router_state/bias", "mlp.gate.e_score_correction_bias", "E -> E"),
+    TensorRow("mlp/router_state/bias", "mlp.gate.e_score_correction_bias", "E -> E"),
 )
 
 

@@ -12,52 +12,52 @@ from moe_jax.interop.huggingface.family import (
     copied_back,
     refuse_other,
 )
-from moe_jax.interop.huggingface.table import Row, Tensor, of_blocks, of_model
+from moe_jax.interop.huggingface.table import Tensor, TensorRow, of_blocks, of_model
 from moe_jax.layers.embedding import EmbeddingScaling
 from moe_jax.layers.feed_forward import FeedForwardForm
 from moe_jax.models.decoder_lm import DecoderLMConfig
 
 MODEL = (
-    Row("tokens/table", "model.embed_tokens.weight", "V d -> V d"),
-    Row("tokens/output", "lm_head.weight", "V d -> V d"),
-    Row("norm/scale", "model.norm.weight", "d -> d"),
+    TensorRow("tokens/table", "model.embed_tokens.weight", "V d -> V d"),
+    TensorRow("tokens/output", "lm_head.weight", "V d -> V d"),
+    TensorRow("norm/scale", "model.norm.weight", "d -> d"),
 )
 
 NORMS = (
-    Row("attention_norm/scale", "input_layernorm.weight", "d -> d"),
-    Row("mlp_norm/scale", "post_attention_layernorm.weight", "d -> d"),
+    TensorRow("attention_norm/scale", "input_layernorm.weight", "d -> d"),
+    TensorRow("mlp_norm/scale", "post_attention_layernorm.weight", "d -> d"),
 )
 
 ATTENTION = (
-    Row("attention/qkv[:,0]", "self_attn.q_proj.weight", "(H h) d -> d H h"),
-    Row("attention/qkv[:,1]", "self_attn.k_proj.weight", "(H h) d -> d H h"),
-    Row("attention/qkv[:,2]", "self_attn.v_proj.weight", "(H h) d -> d H h"),
-    Row("attention/query", "self_attn.q_proj.weight", "(H h) d -> d H h"),
-    Row("attention/key_value[:,0]", "self_attn.k_proj.weight", "(J h) d -> d J h"),
-    Row("attention/key_value[:,1]", "self_attn.v_proj.weight", "(J h) d -> d J h"),
-    Row("attention/qkv_bias[0]", "self_attn.q_proj.bias", "(H h) -> H h"),
-    Row("attention/qkv_bias[1]", "self_attn.k_proj.bias", "(H h) -> H h"),
-    Row("attention/qkv_bias[2]", "self_attn.v_proj.bias", "(H h) -> H h"),
-    Row("attention/query_bias", "self_attn.q_proj.bias", "(H h) -> H h"),
-    Row("attention/key_value_bias[0]", "self_attn.k_proj.bias", "(J h) -> J h"),
-    Row("attention/key_value_bias[1]", "self_attn.v_proj.bias", "(J h) -> J h"),
-    Row("attention/query_norm/scale", "self_attn.q_norm.weight", "h -> h"),
-    Row("attention/key_norm/scale", "self_attn.k_norm.weight", "h -> h"),
-    Row("attention/out", "self_attn.o_proj.weight", "d (H h) -> H h d"),
-    Row("attention/out_bias", "self_attn.o_proj.bias", "d -> d"),
+    TensorRow("attention/qkv[:,0]", "self_attn.q_proj.weight", "(H h) d -> d H h"),
+    TensorRow("attention/qkv[:,1]", "self_attn.k_proj.weight", "(H h) d -> d H h"),
+    TensorRow("attention/qkv[:,2]", "self_attn.v_proj.weight", "(H h) d -> d H h"),
+    TensorRow("attention/query", "self_attn.q_proj.weight", "(H h) d -> d H h"),
+    TensorRow("attention/key_value[:,0]", "self_attn.k_proj.weight", "(J h) d -> d J h"),
+    TensorRow("attention/key_value[:,1]", "self_attn.v_proj.weight", "(J h) d -> d J h"),
+    TensorRow("attention/qkv_bias[0]", "self_attn.q_proj.bias", "(H h) -> H h"),
+    TensorRow("attention/qkv_bias[1]", "self_attn.k_proj.bias", "(H h) -> H h"),
+    TensorRow("attention/qkv_bias[2]", "self_attn.v_proj.bias", "(H h) -> H h"),
+    TensorRow("attention/query_bias", "self_attn.q_proj.bias", "(H h) -> H h"),
+    TensorRow("attention/key_value_bias[0]", "self_attn.k_proj.bias", "(J h) -> J h"),
+    TensorRow("attention/key_value_bias[1]", "self_attn.v_proj.bias", "(J h) -> J h"),
+    TensorRow("attention/query_norm/scale", "self_attn.q_norm.weight", "h -> h"),
+    TensorRow("attention/key_norm/scale", "self_attn.k_norm.weight", "h -> h"),
+    TensorRow("attention/out", "self_attn.o_proj.weight", "d (H h) -> H h d"),
+    TensorRow("attention/out_bias", "self_attn.o_proj.bias", "d -> d"),
 )
 
 DENSE = (
-    Row("mlp/w_gate", "mlp.gate_proj.weight", "f d -> d f"),
-    Row("mlp/w_in", "mlp.up_proj.weight", "f d -> d f"),
-    Row("mlp/w_out", "mlp.down_proj.weight", "d f -> f d"),
+    TensorRow("mlp/w_gate", "mlp.gate_proj.weight", "f d -> d f"),
+    TensorRow("mlp/w_in", "mlp.up_proj.weight", "f d -> d f"),
+    TensorRow("mlp/w_out", "mlp.down_proj.weight", "d f -> f d"),
 )
 
 SPARSE = (
-    Row("mlp/router/weights", "mlp.gate.weight", "E d -> d E"),
-    Row("mlp/w_gate[{expert}]", "mlp.experts.{expert}.gate_proj.weight", "f d -> d f"),
-    Row("mlp/w_in[{expert}]", "mlp.experts.{expert}.up_proj.weight", "f d -> d f"),
-    Row("mlp/w_out[{expert}]", "mlp.experts.{expert}.down_proj.weight", "d f -> f d"),
+    TensorRow("mlp/router/weights", "mlp.gate.weight", "E d -> d E"),
+    TensorRow("mlp/w_gate[{expert}]", "mlp.experts.{expert}.gate_proj.weight", "f d -> d f"),
+    TensorRow("mlp/w_in[{expert}]", "mlp.experts.{expert}.up_proj.weight", "f d -> d f"),
+    TensorRow("mlp/w_out[{expert}]", "mlp.experts.{expert}.down_proj.weight", "d f -> f d"),
 )
 
 # Frequencies of rotary positions, which older checkpoints have and config.json says.
@@ -75,8 +75,8 @@ _NAMES = {
 
 def tensors(
     config: DecoderLMConfig,
-    attention: tuple[Row, ...] = ATTENTION,
-    sparse: tuple[Row, ...] = SPARSE,
+    attention: tuple[TensorRow, ...] = ATTENTION,
+    sparse: tuple[TensorRow, ...] = SPARSE,
 ) -> list[Tensor]:
     """All tensors, with a family's rows of attention or of its MoE."""
     blocks = of_blocks(

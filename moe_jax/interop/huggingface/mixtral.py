@@ -11,17 +11,17 @@ from moe_jax.interop.huggingface.family import (
     refuse_other,
     required,
 )
-from moe_jax.interop.huggingface.table import Row, Tensor
+from moe_jax.interop.huggingface.table import Tensor, TensorRow
 from moe_jax.layers.attention import MultiHead
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.routing.losses import Losses
 from moe_jax.routing.token_choice import TopK
 
 _SPARSE = (
-    Row("mlp/router/weights", "block_sparse_moe.gate.weight", "E d -> d E"),
-    Row("mlp/w_gate[{expert}]", "block_sparse_moe.experts.{expert}.w1.weight", "f d -> d f"),
-    Row("mlp/w_in[{expert}]", "block_sparse_moe.experts.{expert}.w3.weight", "f d -> d f"),
-    Row("mlp/w_out[{expert}]", "block_sparse_moe.experts.{expert}.w2.weight", "d f -> f d"),
+    TensorRow("mlp/router/weights", "block_sparse_moe.gate.weight", "E d -> d E"),
+    TensorRow("mlp/w_gate[{expert}]", "block_sparse_moe.experts.{expert}.w1.weight", "f d -> d f"),
+    TensorRow("mlp/w_in[{expert}]", "block_sparse_moe.experts.{expert}.w3.weight", "f d -> d f"),
+    TensorRow("mlp/w_out[{expert}]", "block_sparse_moe.experts.{expert}.w2.weight", "d f -> f d"),
 )
 
 _DEFAULT_BASE = 1e6

@@ -14,7 +14,7 @@ from moe_jax.interop.huggingface.family import (
     refuse_other,
     required,
 )
-from moe_jax.interop.huggingface.table import Row, Tensor
+from moe_jax.interop.huggingface.table import Tensor, TensorRow
 from moe_jax.layers.attention import MultiHead
 from moe_jax.layers.shared_experts import BranchMix
 from moe_jax.models.decoder_lm import DecoderLMConfig
@@ -23,10 +23,10 @@ from moe_jax.routing.token_choice import TopK
 
 _SPARSE = (
     *llama_like.SPARSE,
-    Row("mlp/shared/mix", "mlp.shared_expert_gate.weight", "g d -> d g"),
-    Row("mlp/shared/dense/w_gate", "mlp.shared_expert.gate_proj.weight", "f d -> d f"),
-    Row("mlp/shared/dense/w_in", "mlp.shared_expert.up_proj.weight", "f d -> d f"),
-    Row("mlp/shared/dense/w_out", "mlp.shared_expert.down_proj.weight", "d f -> f d"),
+    TensorRow("mlp/shared/mix", "mlp.shared_expert_gate.weight", "g d -> d g"),
+    TensorRow("mlp/shared/dense/w_gate", "mlp.shared_expert.gate_proj.weight", "f d -> d f"),
+    TensorRow("mlp/shared/dense/w_in", "mlp.shared_expert.up_proj.weight", "f d -> d f"),
+    TensorRow("mlp/shared/dense/w_out", "mlp.shared_expert.down_proj.weight", "d f -> f d"),
 )
 
 

@@ -18,7 +18,7 @@ from moe_jax.interop.huggingface.family import (
     refuse_other,
     required,
 )
-from moe_jax.interop.huggingface.table import Row, Tensor, of_model
+from moe_jax.interop.huggingface.table import Tensor, TensorRow, of_model
 from moe_jax.layers.feed_forward import FeedForwardForm
 from moe_jax.models.encoder_decoder import EncoderDecoderConfig
 from moe_jax.models.stack import StackConfig
@@ -27,14 +27,14 @@ from moe_jax.routing.scores import Exploration
 from moe_jax.routing.token_choice import TopK
 
 _DENSE = (
-    Row("mlp/w_in", "mlp.wi.weight", "f d -> d f"),
-    Row("mlp/w_out", "mlp.wo.weight", "d f -> f d"),
+    TensorRow("mlp/w_in", "mlp.wi.weight", "f d -> d f"),
+    TensorRow("mlp/w_out", "mlp.wo.weight", "d f -> f d"),
 )
 
 _SPARSE = (
-    Row("mlp/router/weights", "mlp.router.classifier.weight", "E d -> d E"),
-    Row("mlp/w_in[{expert}]", "mlp.experts.expert_{expert}.wi.weight", "f d -> d f"),
-    Row("mlp/w_out[{expert}]", "mlp.experts.expert_{expert}.wo.weight", "d f -> f d"),
+    TensorRow("mlp/router/weights", "mlp.router.classifier.weight", "E d -> d E"),
+    TensorRow("mlp/w_in[{expert}]", "mlp.experts.expert_{expert}.wi.weight", "f d -> d f"),
+    TensorRow("mlp/w_out[{expert}]", "mlp.experts.expert_{expert}.wo.weight", "d f -> f d"),
 )
 
 # More tokens than any row has, so that theirs drop none either.

@@ -11,7 +11,7 @@ from moe_jax.interop.huggingface.family import (
     refuse_other,
     required,
 )
-from moe_jax.interop.huggingface.table import Row, Tensor, of_blocks, of_model
+from moe_jax.interop.huggingface.table import Tensor, TensorRow, of_blocks, of_model
 from moe_jax.layers.attention import MultiHead, Positions
 from moe_jax.layers.embedding import EmbeddingScaling
 from moe_jax.layers.feed_forward import Activation, FeedForwardForm
@@ -21,39 +21,43 @@ from moe_jax.models.stack import StackConfig
 _RELATIVE = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 MODEL = (
-    Row("inputs/table", "shared.weight", "V d -> V d"),
-    Row("inputs/output", "lm_head.weight", "V d -> V d"),
-    Row("encoder/relative/table", f"encoder.{_RELATIVE}", "R H -> R H"),
-    Row("decoder/relative/table", f"decoder.{_RELATIVE}", "R H -> R H"),
-    Row("encoder_norm/scale", "encoder.final_layer_norm.weight", "d -> d"),
-    Row("decoder_norm/scale", "decoder.final_layer_norm.weight", "d -> d"),
+    TensorRow("inputs/table", "shared.weight", "V d -> V d"),
+    TensorRow("inputs/output", "lm_head.weight", "V d -> V d"),
+    TensorRow("encoder/relative/table", f"encoder.{_RELATIVE}", "R H -> R H"),
+    TensorRow("decoder/relative/table", f"decoder.{_RELATIVE}", "R H -> R H"),
+    TensorRow("encoder_norm/scale", "encoder.final_layer_norm.weight", "d -> d"),
+    TensorRow("decoder_norm/scale", "decoder.final_layer_norm.weight", "d -> d"),
 )
 
 _SELF_ATTENTION = (
-    Row("attention_norm/scale", "layer.0.layer_norm.weight", "d -> d"),
-    Row("attention/qkv[:,0]", "layer.0.SelfAttention.q.weight", "(H h) d -> d H h"),
-    Row("attention/qkv[:,1]", "layer.0.SelfAttention.k.weight", "(H h) d -> d H h"),
-    Row("attention/qkv[:,2]", "layer.0.SelfAttention.v.weight", "(H h) d -> d H h"),
-    Row("attention/out", "layer.0.SelfAttention.o.weight", "d (H h) -> H h d"),
+    TensorRow("attention_norm/scale", "layer.0.layer_norm.weight", "d -> d"),
+    TensorRow("attention/qkv[:,0]", "layer.0.SelfAttention.q.weight", "(H h) d -> d H h"),
+    TensorRow("attention/qkv[:,1]", "layer.0.SelfAttention.k.weight", "(H h) d -> d H h"),
+    TensorRow("attention/qkv[:,2]", "layer.0.SelfAttention.v.weight", "(H h) d -> d H h"),
+    TensorRow("attention/out", "layer.0.SelfAttention.o.weight", "d (H h) -> H h d"),
 )
 
 _CROSS_ATTENTION = (
-    Row("cross_norm/scale", "layer.1.layer_norm.weight", "d -> d"),
-    Row("cross_attention/query", "layer.1.EncDecAttention.q.weight", "(H h) d -> d H h"),
-    Row("cross_attention/key_value[:,0]", "layer.1.EncDecAttention.k.weight", "(H h) d -> d H h"),
-    Row("cross_attention/key_value[:,1]", "layer.1.EncDecAttention.v.weight", "(H h) d -> d H h"),
-    Row("cross_attention/out", "layer.1.EncDecAttention.o.weight", "d (H h) -> H h d"),
+    TensorRow("cross_norm/scale", "layer.1.layer_norm.weight", "d -> d"),
+    TensorRow("cross_attention/query", "layer.1.EncDecAttention.q.weight", "(H h) d -> d H h"),
+    TensorRow(
+        "cross_attention/key_value[:,0]", "layer.1.EncDecAttention.k.weight", "(H h) d -> d H h"
+    ),
+    TensorRow(
+        "cross_attention/key_value[:,1]", "layer.1.EncDecAttention.v.weight", "(H h) d -> d H h"
+    ),
+    TensorRow("cross_attention/out", "layer.1.EncDecAttention.o.weight", "d (H h) -> H h d"),
 )
 
 _DENSE = (
-    Row("mlp/w_in", "DenseReluDense.wi.weight", "f d -> d f"),
-    Row("mlp/w_out", "DenseReluDense.wo.weight", "d f -> f d"),
+    TensorRow("mlp/w_in", "DenseReluDense.wi.weight", "f d -> d f"),
+    TensorRow("mlp/w_out", "DenseReluDense.wo.weight", "d f -> f d"),
 )
 
 _GATED = (
-    Row("mlp/w_gate", "DenseReluDense.wi_0.weight", "f d -> d f"),
-    Row("mlp/w_in", "DenseReluDense.wi_1.weight", "f d -> d f"),
-    Row("mlp/w_out", "DenseReluDense.wo.weight", "d f -> f d"),
+    TensorRow("mlp/w_gate", "DenseReluDense.wi_0.weight", "f d -> d f"),
+    TensorRow("mlp/w_in", "DenseReluDense.wi_1.weight", "f d -> d f"),
+    TensorRow("mlp/w_out", "DenseReluDense.wo.weight", "d f -> f d"),
 )
 
 # feed_forward_proj, and what it means.
@@ -71,7 +75,7 @@ COPIES = (
 
 
 def stack_tensors(
-    config: StackConfig, name: str, dense: tuple[Row, ...], sparse: tuple[Row, ...]
+    config: StackConfig, name: str, dense: tuple[TensorRow, ...], sparse: tuple[TensorRow, ...]
 ) -> list[Tensor]:
     """Of the blocks of a stack.
 
@@ -82,7 +86,7 @@ def stack_tensors(
     """
     cross = _CROSS_ATTENTION if name == "decoder" else ()
     last = "layer.2." if cross else "layer.1."
-    norm = Row("mlp_norm/scale", f"{last}layer_norm.weight", "d -> d")
+    norm = TensorRow("mlp_norm/scale", f"{last}layer_norm.weight", "d -> d")
     return of_blocks(
         config,
         name,

@@ -14,7 +14,7 @@ from moe_jax.interop.huggingface.layout import Layout, Region
 from moe_jax.models.stack import StackConfig
 
 
-class Row(NamedTuple):
+class TensorRow(NamedTuple):
     """One line of a table.
 
     Attributes:
@@ -78,7 +78,7 @@ class Tensor:
         return (*self.at, *(None,) * (len(axes) - len(self.at)))
 
 
-def of_model(rows: Sequence[Row]) -> list[Tensor]:
+def of_model(rows: Sequence[TensorRow]) -> list[Tensor]:
     """The tensors outside of blocks."""
     return [_tensor(row, row.ours, (), row.theirs, 0) for row in rows]
 
@@ -87,9 +87,9 @@ def of_blocks(
     config: StackConfig,
     ours: str,
     theirs: str,
-    every: Sequence[Row],
-    dense: Sequence[Row],
-    sparse: Sequence[Row],
+    every: Sequence[TensorRow],
+    dense: Sequence[TensorRow],
+    sparse: Sequence[TensorRow],
 ) -> list[Tensor]:
     """The tensors of a stack's blocks, whose parameters are stacked over a period's repetitions.
 
@@ -120,7 +120,7 @@ def of_blocks(
     return tensors
 
 
-def _tensor(row: Row, path: str, at: tuple[int, ...], name: str, expert: int) -> Tensor:
+def _tensor(row: TensorRow, path: str, at: tuple[int, ...], name: str, expert: int) -> Tensor:
     leaf, _, part = path.format(expert=expert).rstrip("]").partition("[")
     indices = [None if index.strip() == ":" else int(index) for index in part.split(",") if index]
     layout = Layout.parse(row.layout, row.interleaved)

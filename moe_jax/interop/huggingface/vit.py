@@ -16,7 +16,7 @@ from moe_jax.interop.huggingface.family import (
     copied_back,
     refuse_other,
 )
-from moe_jax.interop.huggingface.table import Row, Tensor, of_blocks, of_model
+from moe_jax.interop.huggingface.table import Tensor, TensorRow, of_blocks, of_model
 from moe_jax.layers.attention import MultiHead, Positions
 from moe_jax.layers.feed_forward import FeedForwardForm
 from moe_jax.models.vision import VisionConfig
@@ -24,37 +24,37 @@ from moe_jax.models.vision import VisionConfig
 _EMBEDDINGS = "vit.embeddings."
 
 _MODEL = (
-    Row("class_token", f"{_EMBEDDINGS}cls_token", "1 1 d -> d"),
-    Row("positions/table", f"{_EMBEDDINGS}position_embeddings", "1 L d -> L d"),
-    Row(
+    TensorRow("class_token", f"{_EMBEDDINGS}cls_token", "1 1 d -> d"),
+    TensorRow("positions/table", f"{_EMBEDDINGS}position_embeddings", "1 L d -> L d"),
+    TensorRow(
         "patches/kernel",
         f"{_EMBEDDINGS}patch_embeddings.projection.weight",
         "d channels row column -> row column channels d",
     ),
-    Row("patches/bias", f"{_EMBEDDINGS}patch_embeddings.projection.bias", "d -> d"),
-    Row("norm/scale", "vit.layernorm.weight", "d -> d"),
-    Row("norm/bias", "vit.layernorm.bias", "d -> d"),
-    Row("head/kernel", "classifier.weight", "V d -> d V"),
-    Row("head/bias", "classifier.bias", "V -> V"),
+    TensorRow("patches/bias", f"{_EMBEDDINGS}patch_embeddings.projection.bias", "d -> d"),
+    TensorRow("norm/scale", "vit.layernorm.weight", "d -> d"),
+    TensorRow("norm/bias", "vit.layernorm.bias", "d -> d"),
+    TensorRow("head/kernel", "classifier.weight", "V d -> d V"),
+    TensorRow("head/bias", "classifier.bias", "V -> V"),
 )
 
 _BLOCK = (
-    Row("attention_norm/scale", "layernorm_before.weight", "d -> d"),
-    Row("attention_norm/bias", "layernorm_before.bias", "d -> d"),
-    Row("attention/qkv[:,0]", "attention.attention.query.weight", "(H h) d -> d H h"),
-    Row("attention/qkv[:,1]", "attention.attention.key.weight", "(H h) d -> d H h"),
-    Row("attention/qkv[:,2]", "attention.attention.value.weight", "(H h) d -> d H h"),
-    Row("attention/qkv_bias[0]", "attention.attention.query.bias", "(H h) -> H h"),
-    Row("attention/qkv_bias[1]", "attention.attention.key.bias", "(H h) -> H h"),
-    Row("attention/qkv_bias[2]", "attention.attention.value.bias", "(H h) -> H h"),
-    Row("attention/out", "attention.output.dense.weight", "d (H h) -> H h d"),
-    Row("attention/out_bias", "attention.output.dense.bias", "d -> d"),
-    Row("mlp_norm/scale", "layernorm_after.weight", "d -> d"),
-    Row("mlp_norm/bias", "layernorm_after.bias", "d -> d"),
-    Row("mlp/w_in", "intermediate.dense.weight", "f d -> d f"),
-    Row("mlp/b_in", "intermediate.dense.bias", "f -> f"),
-    Row("mlp/w_out", "output.dense.weight", "d f -> f d"),
-    Row("mlp/b_out", "output.dense.bias", "d -> d"),
+    TensorRow("attention_norm/scale", "layernorm_before.weight", "d -> d"),
+    TensorRow("attention_norm/bias", "layernorm_before.bias", "d -> d"),
+    TensorRow("attention/qkv[:,0]", "attention.attention.query.weight", "(H h) d -> d H h"),
+    TensorRow("attention/qkv[:,1]", "attention.attention.key.weight", "(H h) d -> d H h"),
+    TensorRow("attention/qkv[:,2]", "attention.attention.value.weight", "(H h) d -> d H h"),
+    TensorRow("attention/qkv_bias[0]", "attention.attention.query.bias", "(H h) -> H h"),
+    TensorRow("attention/qkv_bias[1]", "attention.attention.key.bias", "(H h) -> H h"),
+    TensorRow("attention/qkv_bias[2]", "attention.attention.value.bias", "(H h) -> H h"),
+    TensorRow("attention/out", "attention.output.dense.weight", "d (H h) -> H h d"),
+    TensorRow("attention/out_bias", "attention.output.dense.bias", "d -> d"),
+    TensorRow("mlp_norm/scale", "layernorm_after.weight", "d -> d"),
+    TensorRow("mlp_norm/bias", "layernorm_after.bias", "d -> d"),
+    TensorRow("mlp/w_in", "intermediate.dense.weight", "f d -> d f"),
+    TensorRow("mlp/b_in", "intermediate.dense.bias", "f -> f"),
+    TensorRow("mlp/w_out", "output.dense.weight", "d f -> f d"),
+    TensorRow("mlp/b_out", "output.dense.bias", "d -> d"),
 )
 
 _NAMES = {
