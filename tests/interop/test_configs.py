@@ -10,6 +10,7 @@ from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.models.stack import SparseDense
 from moe_jax.routing.deepseek import DeepSeekV2
 from moe_jax.routing.expert_choice import ExpertChoice
+from tests.configs.test_rows import shared_objects
 from tests.interop.folders import MODELS, config_of
 
 
@@ -23,6 +24,7 @@ def test_a_config_survives_writing_and_reading(name):
     family = family_of(hf)
     config = family.config_from_hf(hf)
     config.validate()
+    assert shared_objects(config) == []
     written = family.config_to_hf(config)
     assert family_of(written).config_from_hf(written) == config
     # What transformers wrote too is the same, but for its own words for the same.

@@ -53,7 +53,7 @@ def _sparse_blocks(num_layers: int, num_sparse: int) -> list[int]:
 def config_from_hf(hf: Fields) -> EncoderDecoderConfig:
     """See `Family`."""
     refuse_other(hf, router_bias=False)
-    form = FeedForwardForm(activation(hf, "dense_act_fn"))
+    act = activation(hf, "dense_act_fn")
     jitter = float(hf.get("router_jitter_noise", 0.0))
     exploration = Exploration.JITTER if jitter else Exploration.ARGMAX
     encoder_layers = required(hf, "num_layers")
@@ -67,8 +67,8 @@ def config_from_hf(hf: Fields) -> EncoderDecoderConfig:
             **moe_blocks(blocks, layers),
             num_layers=layers,
             num_experts=required(hf, "num_experts"),
-            feed_forward=form,
-            moe=dropless_moe(router, form),
+            feed_forward=FeedForwardForm(act),
+            moe=dropless_moe(router, FeedForwardForm(act)),
         )
     tied = hf.get("tie_word_embeddings", True)
     return EncoderDecoderConfig(

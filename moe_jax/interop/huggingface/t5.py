@@ -1,5 +1,6 @@
 """T5 v1.0 and v1.1 (Raffel et al. 2020, Shazeer 2020): `T5ForConditionalGeneration`."""
 
+import copy
 from typing import Any
 
 from moe_jax.errors import UserError
@@ -167,7 +168,8 @@ def config_from_hf(hf: Fields) -> EncoderDecoderConfig:
             f"config.json has feed_forward_proj={form!r}; supported are {', '.join(_FORMS)}."
         )
     fields = stack_fields(hf) | {"feed_forward": _FORMS[form], "moe_every": 0}
-    encoder = StackConfig(**fields, num_layers=required(hf, "num_layers"))
+    # Of own objects, so that a change of one stack leaves the other.
+    encoder = StackConfig(**copy.deepcopy(fields), num_layers=required(hf, "num_layers"))
     layers = hf.get("num_decoder_layers") or encoder.num_layers
     # Models that transformers 5 writes all say that they are tied; those with an output layer of
     # their own do not scale.
@@ -175,7 +177,7 @@ def config_from_hf(hf: Fields) -> EncoderDecoderConfig:
     return EncoderDecoderConfig(
         **embedding_fields(hf, tied),
         encoder=encoder,
-        decoder=StackConfig(**fields, num_layers=layers),
+        decoder=StackConfig(**copy.deepcopy(fields), num_layers=layers),
     )
 
 
