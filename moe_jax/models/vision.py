@@ -117,11 +117,12 @@ class VisionConfig(StackConfig, ModelConfig):
                 f"{path}.patch_size is {self.patch_size}, which does not divide "
                 f"{path}.image_size={self.image_size}; change one of them."
             )
-        if any(moe.router.reads_token_ids for moe in self.moe_settings):
-            raise UserError(
-                f"{path}.moe.router is one that routes by token ids, and patches have none; "
-                "use another router."
-            )
+        for moe in self.moe_settings:
+            if moe.router.reads_token_ids:
+                raise UserError(
+                    f"{path}.moe.router is {type(moe.router).__name__}, which routes by token ids, and "
+                    "patches have none; use another router."
+                )
 
     def build(self, key: jax.Array) -> "Vision":
         """Creates the model with freshly drawn parameters."""

@@ -16,7 +16,7 @@ from moe_jax.configuration import encode
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.pods.hardware import topology
-from moe_jax.pods.report import GIB, CollectiveSum, Memory
+from moe_jax.pods.report import GIB, CollectiveSum, DeviceMemory
 from moe_jax.reproduction.claim import read_config
 from moe_jax.training.rows import PodLayout, pods_of
 from tests.pods.reports import MEMORY, TERMS, report
@@ -142,7 +142,7 @@ def exchange(seconds, size=GIB):
 
 def curve():
     """8 devices are too few, 16 are bound by compute, 32 by the interconnect."""
-    state = Memory(
+    state = DeviceMemory(
         arguments=500 * GIB, parameters=300 * GIB, optimizer_state=200 * GIB, outputs=505 * GIB,
         aliased=500 * GIB, temporaries=200 * GIB, program=110 * GIB, capacity=400 * GIB,
     )  # fmt: skip

@@ -28,7 +28,8 @@ def config_of(**fields):
 
 
 def block_of(num_experts, **fields):
-    return Block(config_of(**fields), num_experts, True, False, jax.random.key(0))
+    config = config_of(**fields)
+    return Block(config, config.moe, num_experts, True, False, jax.random.key(0))
 
 
 @dataclasses.dataclass
