@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -42,6 +46,21 @@ def test_host_devices_cannot_change_once_jax_runs():
         UserError, match=r'call jax.config.update\("jax_num_cpu_devices", 16\) before'
     ):
         make_mesh("data:16")
+
+
+@pytest.mark.parametrize(("given", "threads"), [("", "32"), ("5", "5")])
+def test_host_devices_have_threads_enough_for_collectives_that_wait(given, threads):
+    """And a number that the user chose stays."""
+    code = (
+        "import os; from moe_jax.parallel.mesh import force_host_devices; force_host_devices(8);"
+        "print(os.environ['PJRT_NPROC'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+    environment |= {"PJRT_NPROC": given} if given else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == threads
 
 
 def test_sizes():
