@@ -197,9 +197,16 @@ def find(name: str, origin: Any = None) -> type:
             f"config.json names {name}, which moe_jax does not have; it was written by another "
             "version of moe_jax, or by hand."
         )
-    # The newest, because a cell of a notebook may be run twice.
-    same = [cls for cls in _components() if cls.__qualname__ == qualified and _answers(cls, module)]
-    if same:
+    named = [cls for cls in _components() if cls.__qualname__ == qualified and not is_own(cls)]
+    exact = [cls for cls in named if module in (cls.__module__, _module_name(cls))]
+    same = exact or [cls for cls in named if _answers(cls, module)]
+    modules = sorted({_module_name(cls) for cls in same})
+    if len(modules) > 1:
+        raise UserError(
+            f"config.json names {name}, which may be that of {' or of '.join(modules)}; import only the "
+            "one that the run was made with."
+        )
+    if same:  # The newest, because a cell of a notebook may be run twice.
         _compare_source(same[-1], origin)
         return same[-1]
     file = _said_of(origin, "file")
@@ -236,13 +243,12 @@ def _components(cls: type = Component) -> Iterator[type]:
 
 
 def _answers(cls: type, module: str) -> bool:
-    """Whether a class is the one of that name in a tag's module.
+    """Whether a class may be the one of that name in a tag's module, though the module is another.
 
     A class of a notebook, and one that version 0.1 wrote without its module, may be in any module
     that the user imported.
     """
-    names = {cls.__module__, _module_name(cls), cls.__module__.rpartition(".")[2]}
-    return not is_own(cls) and (module in names or module in (_NOTEBOOK, ""))
+    return module in (cls.__module__.rpartition(".")[2], _NOTEBOOK, "")
 
 
 def _compare_source(cls: type, origin: Any) -> None:

@@ -182,10 +182,20 @@ def test_what_cannot_be_imported_is_said(tmp_path):
 
 def test_a_notebooks_class_is_found_in_the_module_it_moved_to(tmp_path):
     path = tmp_path / "own_router_c.py"
-    path.write_text(ROUTER)
+    path.write_text(ROUTER.replace("Watched", "Moved"))
     module = component.import_named(str(path))
-    router = configuration.decode({"type": "__main__:Watched"})
-    assert router.__class__.__qualname__ == "Watched" and module.Watched is not None
+    assert type(configuration.decode({"type": "__main__:Moved"})) is module.Moved
+
+
+def test_a_class_that_may_be_one_of_two_is_refused(tmp_path):
+    for name in ("own_router_g", "own_router_h"):
+        path = tmp_path / f"{name}.py"
+        path.write_text(ROUTER.replace("Watched", "Twice"))
+        component.import_named(str(path))
+    with pytest.raises(moe.UserError, match="may be that of own_router_g or of own_router_h"):
+        configuration.decode({"type": "__main__:Twice"})
+    found = configuration.decode({"type": "own_router_g:Twice"})
+    assert type(found).__module__ == "own_router_g"
 
 
 CONFIG = (

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epy
 
 from moe_jax.data.interface import DataConfig
-from moe_jax.data.remembered import remembered
+from moe_jax.data.remembered import file_name, remembered
 from moe_jax.data.rows import Row, RowPipeline
 from moe_jax.data.sources import OpenedDataset, open_dataset
 from moe_jax.errors import UserError
@@ -234,8 +234,8 @@ def _check_features(dataset: OpenedDataset, config: ImageData) -> None:
 
 def _labels(dataset: OpenedDataset, config: ImageData) -> np.ndarray:
     """[N] int64 labels, read without decoding the images, once for the same files."""
-    name = "".join(c if c.isalnum() else "_" for c in f"{dataset.split}_{config.label_feature}")
-    path = dataset.directory / "checked" / f"labels_{name}.json"
+    name = file_name("labels", dataset.split, config.label_feature)
+    path = dataset.directory / "checked" / name
     of = {
         "split": dataset.split,
         "label_feature": config.label_feature,

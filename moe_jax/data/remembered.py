@@ -50,6 +50,11 @@ def _write(path: pathlib.Path, text: str) -> None:
         raise
 
 
+def file_name(*parts: str) -> str:
+    """A file's name made of names of splits and features, which may be a stranger's."""
+    return "_".join("".join(c if c.isalnum() else "_" for c in part) for part in parts) + ".json"
+
+
 def stamps(files: Sequence[pathlib.Path]) -> dict[str, list[int]]:
     """Size in bytes and time of the last change of each file: other ones mean another content.
 

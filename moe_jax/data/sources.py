@@ -12,7 +12,7 @@ from typing import Any
 from etils import epy
 
 from moe_jax.data.builders import builders
-from moe_jax.data.remembered import remembered, stamps
+from moe_jax.data.remembered import file_name, remembered, stamps
 from moe_jax.errors import UserError
 
 with epy.lazy_imports():  # They take longer to import than all the rest.
@@ -184,7 +184,7 @@ def _checked_files(builder: "tfds.core.DatasetBuilder", split: str) -> dict[str,
         of = {"files": stamps(files), "records": expected}
     except OSError as error:
         raise _damaged(builder.data_path, split, str(error)) from error
-    return remembered(pathlib.Path(builder.data_path) / "checked" / f"{name}.json", of, compute)
+    return remembered(pathlib.Path(builder.data_path) / "checked" / file_name(name), of, compute)
 
 
 def _checked(

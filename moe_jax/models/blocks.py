@@ -127,7 +127,7 @@ class Parallel(BlockForm):
 
     @property
     def own_norms(self) -> bool:
-        """No."""
+        """No: the block has one norm."""
         return False
 
     def __call__(self, x: jax.Array, sublayers: Sequence[Sublayer]) -> tuple[jax.Array, list[Out]]:
@@ -191,7 +191,7 @@ class Block(nnx.Module):
         self.attention_norm = make_norm(config.norm, width, config.norm_epsilon)
 
         def norm() -> RMSNorm | LayerNorm | None:
-            """Of a further sub-layer."""
+            """A further sub-layer's own norm, if the form gives it one."""
             own = config.block.own_norms
             return make_norm(config.norm, width, config.norm_epsilon) if own else None
 

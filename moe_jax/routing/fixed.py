@@ -89,7 +89,7 @@ class HashRouter(Router):
 
     @property
     def reads_token_ids(self) -> bool:
-        """Yes."""
+        """Yes: nothing else decides."""
         return True
 
     def validate(self, num_experts: int) -> None:

@@ -174,7 +174,7 @@ def check_pairs(modules: Mapping[str, MoE], reports: Sequence[MoEReport]) -> Non
 
 
 def _shares(counts: jax.Array) -> jax.Array:
-    """Of each microbatch, counts [N, ...]; below 1 they divide as `Mean.value` does."""
+    """Each microbatch's share of counts [N, ...]; counts below 1 divide as in `Mean.value`."""
     return jnp.maximum(counts, 1.0) / jnp.maximum(counts.sum(axis=0), 1.0)
 
 

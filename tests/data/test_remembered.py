@@ -8,7 +8,7 @@ import pytest
 from moe_jax.data import images, packing, sources
 from moe_jax.data.images import ImageData
 from moe_jax.data.pipelines import TextData
-from moe_jax.data.remembered import remembered, stamps
+from moe_jax.data.remembered import file_name, remembered, stamps
 from moe_jax.data.sources import prepare_dataset
 from moe_jax.errors import UserError
 from tests.data.test_images import SIDE, TinyImages
@@ -39,6 +39,10 @@ def test_a_damaged_file_is_computed_again(tmp_path, text):
 def test_a_place_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "file").write_text("")
     assert remembered(tmp_path / "file" / "value.json", {}, lambda: 3) == 3
+
+
+def test_a_strangers_name_stays_in_the_folder():
+    assert file_name("labels", "../../x", "a/b") == "labels_______x_a_b.json"
 
 
 def test_stamps_change_with_the_file(tmp_path):

@@ -22,7 +22,7 @@ MOST_OTHERS, TOLERANCE_OF_OTHERS = 3, 1e-3
 
 
 def version_of(name: str) -> str:
-    """Of JAX, from the name of a record."""
+    """The version of JAX in the name of a record."""
     return name.rpartition("jax ")[2]
 
 
