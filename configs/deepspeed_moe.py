@@ -28,7 +28,7 @@ from moe_jax.models.stack import ComputeDtype, Remat
 from moe_jax.published import Published, Quantity
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.losses import Losses
-from moe_jax.routing.service import ServiceOrder
+from moe_jax.routing.priority import Priority
 from moe_jax.routing.token_choice import TopK
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.optimizers import AdamW, Decayed
@@ -89,7 +89,7 @@ def decoder(
             moe_every=0,
             moe_at=tuple(range(first, layers, 2)) if experts else (),
             moe=MoEConfig(
-                router=TopK(losses=Losses(load_balancing=0.01), order=ServiceOrder.RANDOM),
+                router=TopK(losses=Losses(load_balancing=0.01), order=Priority.RANDOM),
                 capacity=Capacity(1.0, 1.0, CapacityRule.DEEPSPEED),
                 group_size=LENGTH,
                 experts=gpt(),

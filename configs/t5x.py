@@ -11,14 +11,14 @@ from configs.shared import t5
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.losses import Losses
-from moe_jax.routing.service import ServiceOrder
+from moe_jax.routing.priority import Priority
 from moe_jax.routing.token_choice import TopK
 from moe_jax.tasks.text_to_text import TextToText
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.rows import Row, chosen
 
 
-def _moe(order: ServiceOrder, group_size: int) -> MoEConfig:
+def _moe(order: Priority, group_size: int) -> MoEConfig:
     return MoEConfig(
         TopK(k=2, order=order, losses=Losses(load_balancing_all_choices=1e-2)),
         Capacity(1.25, 2.0, CapacityRule.FLAXFORMER),
@@ -30,8 +30,8 @@ def tokens_choose(shape: t5.Shape, num_experts: int, moe_every: int = 4) -> Expe
     encoder, decoder = (
         t5.sparse_stack(shape, num_experts, moe_every, moe)
         for moe in (
-            _moe(ServiceOrder.BATCH_PRIORITY, 4096),
-            _moe(ServiceOrder.TOKEN, t5.whole_rows(4096)),
+            _moe(Priority.BATCH_PRIORITY, 4096),
+            _moe(Priority.TOKEN, t5.whole_rows(4096)),
         )
     )
     config = t5.span_corruption(encoder, decoder, tied=False)

@@ -47,12 +47,12 @@ class Assignment(NamedTuple):
     """Where the tokens of a group go.
 
     experts: [S, K] int32, best first.
-    slots: [S, K] int32, the place among those of the expert; from C on there is none.
+    position_in_expert: [S, K] int32, the place among those of the expert; from C on there is none.
     gates: [S, K] float32, what the expert's output is multiplied with.
     """
 
     experts: jax.Array
-    slots: jax.Array
+    position_in_expert: jax.Array
     gates: jax.Array
 
 
@@ -70,11 +70,11 @@ def route(router: jax.Array, x: jax.Array) -> tuple[Assignment, jax.Array]:
     probabilities = jax.nn.softmax(logits)
     _, experts = jax.lax.top_k(logits, K)
     gates = GATE_SCALE * jnp.take_along_axis(probabilities, experts, axis=1)
-    assignment = Assignment(experts, slots_of(experts, router.shape[1]), gates)
+    assignment = Assignment(experts, position_in_expert(experts, router.shape[1]), gates)
     return assignment, balancing_loss(probabilities, experts)
 
 
-def slots_of(experts: jax.Array, num_experts: int) -> jax.Array:
+def position_in_expert(experts: jax.Array, num_experts: int) -> jax.Array:
     """How many choices before this one want the same expert (GShard, Lepikhin et al. 2020, alg. 1).
 
     [S, K] int32 to [S, K] int32. A token is served with all its choices before the next, so that it
@@ -103,7 +103,7 @@ def dispatch(x: jax.Array, assignment: Assignment, num_experts: int) -> jax.Arra
     """Copies the tokens of a group [S, d] into their experts' slots [E, C, d]; empty ones are 0."""
     tokens, width = x.shape
     slots = jnp.zeros((num_experts, capacity(tokens, num_experts), width))
-    return slots.at[assignment.experts, assignment.slots].add(x[:, None], mode="drop")
+    return slots.at[assignment.experts, assignment.position_in_expert].add(x[:, None], mode="drop")
 
 
 def feed_forward(w_in: jax.Array, w_out: jax.Array, x: jax.Array) -> jax.Array:
@@ -120,8 +120,8 @@ def combine(outputs: jax.Array, assignment: Assignment) -> jax.Array:
 
     A choice without a slot adds nothing; the residual connection carries the token on.
     """
-    where = (assignment.experts, assignment.slots)
-    chosen = outputs.at[where].get(mode="fill", fill_value=0)
+    places = (assignment.experts, assignment.position_in_expert)
+    chosen = outputs.at[places].get(mode="fill", fill_value=0)
     return jnp.sum(assignment.gates[:, :, None] * chosen, axis=1)
 
 
@@ -142,8 +142,8 @@ def moe_of_device(
     # And back to the owners of the tokens: [E, G, C, d].
     slots = jax.lax.all_to_all(slots, "expert", split_axis=1, concat_axis=0, tiled=True)
     y = jax.vmap(combine, in_axes=(1, 0))(slots, assignment)
-    metrics = {"balance": losses.mean(), "dropped": jnp.mean(assignment.slots >= slots.shape[2])}
-    return y, jax.lax.pmean(metrics, tuple(MESH))
+    dropped = jnp.mean(assignment.position_in_expert >= slots.shape[2])
+    return y, jax.lax.pmean({"balance": losses.mean(), "dropped": dropped}, tuple(MESH))
 
 
 def moe(parameters: Parameters, x: jax.Array) -> tuple[jax.Array, Metrics]:

@@ -27,7 +27,7 @@ from moe_jax.analysis.hlo import Program
 from moe_jax.analysis.profile import ByDirection, Flops
 from moe_jax.parallel.mesh import parse_mesh
 from moe_jax.training import provenance
-from moe_jax.training.run import Run, signals_of
+from moe_jax.training.run import Run, broadcast_signal
 
 _CONFIG = command_line.define_config()
 _MESH = flags.DEFINE_string("mesh", "", "Such as data:2,expert:4; default: the config's.")
@@ -117,7 +117,7 @@ def _profile(run: Run, output: epath.Path) -> StepProfile:
     with jax.set_mesh(run.mesh):
         state = run.initial_state()
         print("compiling", file=sys.stderr)
-        rest = (signals_of(run.mesh, 0), run.noise_key_data)
+        rest = (broadcast_signal(run.mesh, 0), run.noise_key_data)
         compiled = run.train_step.lower(state, batches[0], *rest).compile()
 
         def steps(state: Any) -> tuple[Any, float]:

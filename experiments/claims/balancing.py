@@ -69,7 +69,7 @@ def held_out_balance(trained: Trained) -> dict[str, float]:
     """How evenly the test split is routed, as means over the MoE layers.
 
     Returns:
-      Some of `moe_jax.routing.tallies.summarize`: max_violation_global (max/mean load - 1), load_cv,
+      Some of `moe_jax.routing.study.summarize`: max_violation_global (max/mean load - 1), load_cv,
       importance_cv, dead_experts (a count) and dropped (a fraction).
     """
     batches = trained.run.config.evaluation.batches
@@ -185,12 +185,12 @@ def _early_violations(side: SideResult) -> list[float]:
 
 
 def over_training(
-    run: FinishedRun, layers: Sequence[int | str], of_load: Callable[[np.ndarray], np.ndarray]
+    run: FinishedRun, layers: Sequence[int | str], load_evenness: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Steps [n] and the mean over MoE layers [n] of a statistic of single batches' loads [n, E]."""
     series = [run.series(f"router/{layer}/load") for layer in layers]
     steps = series[0][0]
-    return steps, np.mean([of_load(loads) for _, loads in series], axis=0)
+    return steps, np.mean([load_evenness(loads) for _, loads in series], axis=0)
 
 
 def violation_of_load(loads: np.ndarray) -> np.ndarray:
@@ -335,7 +335,7 @@ def _draw_over_training(
     axes: Axes,
     results: Results,
     names: Sequence[str],
-    of_load: Callable[[np.ndarray], np.ndarray],
+    load_evenness: Callable[[np.ndarray], np.ndarray],
 ) -> None:
     """A line for each side: mean over seeds that did not diverge, running mean of five records."""
     for name, color in zip(
@@ -343,7 +343,9 @@ def _draw_over_training(
     ):
         side = results[name]
         layers = side.config.model.moe_layers
-        series = [over_training(r, layers, of_load) for r in side.runs if r.diverged_at is None]
+        series = [
+            over_training(r, layers, load_evenness) for r in side.runs if r.diverged_at is None
+        ]
         if series:
             steps = series[0][0]
             mean = np.mean([values for _, values in series], axis=0)

@@ -16,7 +16,7 @@ from moe_jax.reproduction.measurements import with_changes
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
 from moe_jax.routing.capacity import Capacity, CapacityRule
-from moe_jax.routing.service import ServiceOrder
+from moe_jax.routing.priority import Priority
 from moe_jax.routing.token_choice import VMoE
 from moe_jax.tasks.task import ObservedLayer
 from moe_jax.training.step import evaluation_step
@@ -26,11 +26,11 @@ CAPACITIES = tuple(tenths / 10 for tenths in range(1, 11))
 """Capacity factors at inference."""
 
 ORDERS = {
-    ServiceOrder.CHOICE: ("vanilla", DENSE),
-    ServiceOrder.BATCH_PRIORITY: ("batch priority", SPARSE),
-    ServiceOrder.ASSIGNMENT_PRIORITY: ("assignment-level priority", "#009E73"),
+    Priority.CHOICE: ("vanilla", DENSE),
+    Priority.BATCH_PRIORITY: ("batch priority", SPARSE),
+    Priority.ASSIGNMENT_PRIORITY: ("assignment-level priority", "#009E73"),
 }
-"""Order of service -> its name and colour."""
+"""Priority -> its name and colour."""
 
 DRAWN_CAPACITIES = (1.0, 0.5, 0.3, 0.1)
 DRAWN_IMAGES = 6
@@ -55,7 +55,7 @@ feed-forward FLOPs at a factor of 1, and as much at 0.5. Training with batch pri
 """.strip()
 
 
-def at_capacity(order: ServiceOrder, factor: float) -> dict[str, Any]:
+def at_capacity(order: Priority, factor: float) -> dict[str, Any]:
     """Changes for inference; slots are rounded up to the next whole number, not to multiples of 4."""
     return {
         "model.moe.router.order": order,
@@ -64,12 +64,12 @@ def at_capacity(order: ServiceOrder, factor: float) -> dict[str, Any]:
 
 
 def accuracy_by_capacity(trained: Trained) -> dict[str, list[float]]:
-    """Order of service -> share of the test images that is right at each of CAPACITIES."""
+    """Priority -> share of the test images that is right at each of CAPACITIES."""
     data = trained.open_data()
     batches = data.held_out_batches("test", trained.run.config.evaluation.batches)
     placed = [trained.run.put_batch(batch) for batch in batches]
 
-    def accuracy(order: ServiceOrder, factor: float) -> float:
+    def accuracy(order: Priority, factor: float) -> float:
         run = with_changes(trained, at_capacity(order, factor)).run
         step = jax.jit(evaluation_step(run.abstract_model, run.config.task, len(data.domains)))
         with jax.set_mesh(run.mesh):
@@ -91,7 +91,7 @@ def dropped_patches(trained: Trained) -> dict[str, Any]:
       DRAWN_CAPACITIES, for each image, [grid][grid] whether no expert served the patch.
     """
     batch = trained.open_data().held_out_batches("test", 1)[0]
-    order = ServiceOrder.BATCH_PRIORITY
+    order = Priority.BATCH_PRIORITY
     dropped = [
         unserved(with_changes(trained, at_capacity(order, factor)), batch)[:DRAWN_IMAGES].tolist()
         for factor in DRAWN_CAPACITIES
@@ -112,7 +112,7 @@ def unserved(trained: Trained, batch: dict[str, np.ndarray]) -> np.ndarray:
     with jax.set_mesh(run.mesh):
         layer = observe(trained.parameters, trained.variables, run.put_batch(batch))
     assignment = layer.routing.assignment
-    served = np.asarray(assignment.slots < assignment.capacity).any(axis=-1)
+    served = np.asarray(assignment.position_in_expert < assignment.capacity).any(axis=-1)
     # The class token comes first.
     patches = served.reshape(-1, model.num_tokens)[:, model.num_tokens - model.grid**2 :]
     return ~patches.reshape(-1, model.grid, model.grid)
@@ -146,7 +146,7 @@ def sides(profile: Profile) -> list[Side]:
     ]
 
 
-def accuracy(run: FinishedRun, order: ServiceOrder, factor: float) -> float:
+def accuracy(run: FinishedRun, order: Priority, factor: float) -> float:
     """Percent of the test images; 0 if the run diverged."""
     if run.diverged_at is not None:
         return 0.0
@@ -156,9 +156,9 @@ def accuracy(run: FinishedRun, order: ServiceOrder, factor: float) -> float:
 def findings(results: Results) -> list[Finding]:
     """What small buffers cost in the vanilla order, and how much of it batch priority saves."""
     runs = results["V-MoE"].runs
-    vanilla, priority = ServiceOrder.CHOICE, ServiceOrder.BATCH_PRIORITY
+    vanilla, priority = Priority.CHOICE, Priority.BATCH_PRIORITY
 
-    def lost(run: FinishedRun, order: ServiceOrder, factor: float) -> float:
+    def lost(run: FinishedRun, order: Priority, factor: float) -> float:
         return accuracy(run, vanilla, 1.0) - accuracy(run, order, factor)
 
     def positive(statement: str, paper: str, gains: Sequence[float]) -> Finding:

@@ -18,7 +18,7 @@ from moe_jax.analysis.figures import DENSE, NEUTRAL, SPARSE
 from moe_jax.reproduction.claim import TEST, Claim, Profile, ResultTable, Side
 from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
-from moe_jax.routing.service import ServiceOrder
+from moe_jax.routing.priority import Priority
 from moe_jax.tasks.masked_language_modeling import MaskedLanguageModeling
 
 SMALL, LARGE = 0.5, 1.25
@@ -27,9 +27,9 @@ SMALL, LARGE = 0.5, 1.25
 STEPS = {Profile.CPU: 600, Profile.GPU: 4000}
 
 ORDERS = {
-    ServiceOrder.TOKEN: "left to right",
-    ServiceOrder.BATCH_PRIORITY: "batch priority",
-    ServiceOrder.ASSIGNMENT_PRIORITY: "assignment priority",
+    Priority.TOKEN: "left to right",
+    Priority.BATCH_PRIORITY: "batch priority",
+    Priority.ASSIGNMENT_PRIORITY: "assignment priority",
 }
 COLORS = dict(zip(ORDERS, (DENSE, SPARSE, "#009E73"), strict=True))
 
@@ -39,9 +39,9 @@ CASES = (
 )
 """Order, capacity factor and k of each side; with top-1 both priorities are the same."""
 
-PUBLISHED: Mapping[ServiceOrder, Mapping[float, float]] = {
-    ServiceOrder.TOKEN: {0.75: 1.428, 1.0: 1.397, 1.25: 1.378},
-    ServiceOrder.BATCH_PRIORITY: {0.5: 1.433, 0.75: 1.409, 1.0: 1.386},
+PUBLISHED: Mapping[Priority, Mapping[float, float]] = {
+    Priority.TOKEN: {0.75: 1.428, 1.0: 1.397, 1.25: 1.378},
+    Priority.BATCH_PRIORITY: {0.5: 1.433, 0.75: 1.409, 1.0: 1.386},
 }
 """Order -> capacity factor of top-1 routing -> loss in nats per token (ST-MoE, Tables 8 and 18)."""
 
@@ -62,8 +62,8 @@ priority in its decoder; ours has 8 experts and runs short.
 """
 
 
-def side_name(order: ServiceOrder, factor: float, k: int = 1) -> str:
-    """Of the side with an order of service, a capacity factor and top-k."""
+def side_name(order: Priority, factor: float, k: int = 1) -> str:
+    """Of the side with a priority order, a capacity factor and top-k."""
     return f"top-{k} at {factor:g}, {ORDERS[order]}"
 
 
@@ -72,7 +72,7 @@ def sides(profile: Profile) -> list[Side]:
     return [_side(profile, *case) for case in CASES]
 
 
-def _side(profile: Profile, order: ServiceOrder, factor: float, k: int) -> Side:
+def _side(profile: Profile, order: Priority, factor: float, k: int) -> Side:
     changes = {
         "steps": STEPS[profile],
         # Twice BERT's rate, for twice as many predictions in a step.
@@ -97,10 +97,10 @@ def findings(results: Results) -> list[Finding]:
     """Of priority over left to right where buffers are small, and that large ones need none."""
 
     def lower(
-        order: ServiceOrder, k: int, statement: str, paper: str, decisive: bool = True
+        order: Priority, k: int, statement: str, paper: str, decisive: bool = True
     ) -> Finding:
         first, second = (
-            results[side_name(each, SMALL, k)].test_losses for each in (ServiceOrder.TOKEN, order)
+            results[side_name(each, SMALL, k)].test_losses for each in (Priority.TOKEN, order)
         )
         return compare(
             statement, paper, first, second, unit="nats per masked byte", decisive=decisive
@@ -108,7 +108,7 @@ def findings(results: Results) -> list[Finding]:
 
     return [
         lower(
-            ServiceOrder.BATCH_PRIORITY, 1,
+            Priority.BATCH_PRIORITY, 1,
             "Top-1 at a capacity factor of 0.5: batch priority has a lower loss than left to right",
             "1.433 at 0.5 with priority, as good as 1.428 at 0.75 without, where priority has 1.409 "
             "(ST-MoE, Table 18)",
@@ -119,7 +119,7 @@ def findings(results: Results) -> list[Finding]:
             gains(results, SMALL), gains(results, LARGE), unit="nats per masked byte",
         ),
         lower(
-            ServiceOrder.ASSIGNMENT_PRIORITY, 2,
+            Priority.ASSIGNMENT_PRIORITY, 2,
             "Top-2 at a capacity factor of 0.5: assignment-level priority has a lower loss than left "
             "to right",
             "no figure is published",
@@ -135,8 +135,8 @@ def gains(results: Results, factor: float) -> list[float]:
     out, unless that is all of them: then the gain is 0.
     """
     pairs = zip(
-        results[side_name(ServiceOrder.TOKEN, factor)].test_losses,
-        results[side_name(ServiceOrder.BATCH_PRIORITY, factor)].test_losses,
+        results[side_name(Priority.TOKEN, factor)].test_losses,
+        results[side_name(Priority.BATCH_PRIORITY, factor)].test_losses,
         strict=True,
     )
     return [first - second for first, second in pairs if np.isfinite([first, second]).all()] or [
@@ -156,7 +156,7 @@ def table(results: Results) -> ResultTable:
     return ResultTable(columns, [_row(results, *case) for case in CASES])
 
 
-def _row(results: Results, order: ServiceOrder, factor: float, k: int) -> list[str]:
+def _row(results: Results, order: Priority, factor: float, k: int) -> list[str]:
     name = side_name(order, factor, k)
     side = results[name]
     published = PUBLISHED.get(order, {}).get(factor) if k == 1 else None
@@ -177,7 +177,7 @@ def draw(results: Results, figure: Figure) -> None:
     """Loss against the factor for top-1, the orders of top-2, and the paper's points."""
     figure.set_size_inches(11, 4)
     top_1, top_2, paper = figure.subplots(1, 3)
-    for order in (ServiceOrder.TOKEN, ServiceOrder.BATCH_PRIORITY):
+    for order in (Priority.TOKEN, Priority.BATCH_PRIORITY):
         samples = [results[side_name(order, f)].test_losses for f in (SMALL, LARGE)]
         _draw_seeds(top_1, (SMALL, LARGE), samples, order)
     top_1.set(
@@ -199,7 +199,7 @@ def draw(results: Results, figure: Figure) -> None:
     for order, losses in PUBLISHED.items():
         style = {"color": COLORS[order], "markersize": 4, "label": ORDERS[order]}
         paper.plot(list(losses), list(losses.values()), "s--", **style)
-    paper.axhline(PUBLISHED[ServiceOrder.TOKEN][LARGE], color=NEUTRAL, linestyle=":", linewidth=1)
+    paper.axhline(PUBLISHED[Priority.TOKEN][LARGE], color=NEUTRAL, linestyle=":", linewidth=1)
     paper.set(
         xlabel="capacity factor",
         ylabel="loss (nats per token)",
@@ -209,7 +209,7 @@ def draw(results: Results, figure: Figure) -> None:
 
 
 def _draw_seeds(
-    axes: Axes, x: Sequence[float], samples: Sequence[Sequence[float]], order: ServiceOrder
+    axes: Axes, x: Sequence[float], samples: Sequence[Sequence[float]], order: Priority
 ) -> None:
     """A point for each seed, and a line through the means."""
     color = COLORS[order]

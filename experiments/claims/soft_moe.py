@@ -18,8 +18,8 @@ from moe_jax.reproduction.results import FinishedRun, Results
 from moe_jax.reproduction.verdicts import Finding, compare, describe
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.expert_choice import ExpertChoice
+from moe_jax.routing.priority import Priority
 from moe_jax.routing.router import Router
-from moe_jax.routing.service import ServiceOrder
 from moe_jax.routing.soft import SoftMoE, SoftVariant
 from moe_jax.routing.token_choice import VMoE
 
@@ -119,7 +119,7 @@ def sides(profile: Profile) -> list[Side]:
         _side(profile, DENSE_TWIN, _images.DENSE),
         routed(
             TOKEN_CHOICE,
-            VMoE(k=1, order=ServiceOrder.BATCH_PRIORITY),
+            VMoE(k=1, order=Priority.BATCH_PRIORITY),
             Capacity(1.0, 1.0, CapacityRule.SWITCH),
         ),
         routed(EXPERT_CHOICE, ExpertChoice(), Capacity(1.0, 1.0, CapacityRule.EXPERT_CHOICE)),

@@ -1,4 +1,4 @@
-"""The routing of an evaluation as one picture and one JSON file, from `tallies.summarize`."""
+"""The routing of an evaluation as one picture and one JSON file, from `study.summarize`."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 
 from moe_jax.analysis.figures import NEUTRAL, SPARSE
 from moe_jax.errors import UserError
-from moe_jax.routing.tallies import Summary
+from moe_jax.routing.study import Summary
 
 Summaries = Mapping[int | str, Summary]
 

@@ -105,7 +105,7 @@ class Dropless(Dispatch):
     ) -> tuple[jax.Array, dict[str, Mean]]:
         """See `moe_jax.dispatch.interface.Dispatch`: [G, S, d] to [G, S, d]."""
         assert isinstance(assignment, TokenAssignment)
-        served = assignment.slots < assignment.capacity
+        served = assignment.position_in_expert < assignment.capacity
         chosen = jnp.where(served, assignment.experts, experts.num_experts)
         tokens = Tokens(x, chosen, assignment.gates, token_index)
         tokens = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tokens)
@@ -140,7 +140,7 @@ class Dropless(Dispatch):
     ) -> tuple[jax.Array, jax.Array]:
         devices = jax.lax.axis_size(axis)
         with jax.named_scope("dispatch"):
-            order, sizes = sort_by_owner(tokens.owners(experts.here, devices), devices)
+            order, sizes = sort_by_owner(tokens.owners(experts.num_local, devices), devices)
         room = self._room(tokens.most_copies(devices) / devices, most=tokens.count)
         copies = rows_of_owners(order, jnp.cumsum(sizes) - sizes, sizes, room)
 
@@ -161,7 +161,7 @@ class Dropless(Dispatch):
         if platform_in_force() == "cpu":
             _log_gathering_once()
         with jax.named_scope("dispatch"):
-            order, sizes = sort_by_owner(tokens.owners(experts.here, devices), devices)
+            order, sizes = sort_by_owner(tokens.owners(experts.num_local, devices), devices)
         most_copies = tokens.most_copies(devices)
         copies = order[:most_copies]
         room = self._room(most_copies, most=devices * tokens.count)
@@ -197,10 +197,10 @@ class Dropless(Dispatch):
           [T, d] gated sums over them; [] float32, how many there were room for.
         """
         local = tokens.chosen - experts.first
-        local = jnp.where((local >= 0) & (local < experts.here), local, experts.here)
+        local = jnp.where((local >= 0) & (local < experts.num_local), local, experts.num_local)
         with jax.named_scope("dispatch"):
-            order, sizes = sort_by_owner(local, experts.here)
-        room = self._room(balanced, most=tokens.count * min(tokens.choices, experts.here))
+            order, sizes = sort_by_owner(local, experts.num_local)
+        room = self._room(balanced, most=tokens.count * min(tokens.choices, experts.num_local))
         starts = jnp.cumsum(sizes) - sizes
         sizes = jnp.clip(room - starts, 0, sizes)
         spills = self._spills
@@ -208,7 +208,7 @@ class Dropless(Dispatch):
         if spills:
             rows = _rows_with_spill(tokens, experts, order, starts, sizes, room, balanced)
             gates, _ = varying_alike(tokens.gates, tokens.x)
-            y = spill.gated_sums(experts.network, experts.weights, tokens.x, gates, rows)
+            y = spill.gated_sums(experts.network, experts.parameters, tokens.x, gates, rows)
         else:
             sorted_rows = rows_one_after_another(order, starts, sizes, room)
             outputs = experts.on_groups(
@@ -360,13 +360,13 @@ def _rows_with_spill(
     balanced: int,
 ) -> spill.Rows:
     """How Method.SPILL divides this device's rows between slots and loop."""
-    mean = balanced / experts.here
+    mean = balanced / experts.num_local
     # One standard deviation above the mean load of random routing: more slots cost more than the
     # loop over what they would have held.
     slots = min(room, math.ceil((mean + math.sqrt(mean)) / 8) * 8)
     spill_room = math.ceil(room / 8)
     spilled = jnp.maximum(sizes - slots, 0).sum()
-    cheaper = experts.here * slots + LOOP_COST * spilled < LOOP_COST * sizes.sum()
+    cheaper = experts.num_local * slots + LOOP_COST * spilled < LOOP_COST * sizes.sum()
     use_slots = cheaper & (spilled <= spill_room)
     in_slots = jnp.where(use_slots, jnp.minimum(sizes, slots), 0)
     looped_sizes = sizes - in_slots
@@ -377,7 +377,7 @@ def _rows_with_spill(
         slotted,
         looped,
         looped_sizes,
-        experts.keys(tokens.rows_index(slotted), jnp.arange(experts.here)[:, None]),
+        experts.keys(tokens.rows_index(slotted), jnp.arange(experts.num_local)[:, None]),
         experts.keys(tokens.rows_index(looped), row_experts(looped_sizes, room)),
         spill_room,
     )

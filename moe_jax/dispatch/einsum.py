@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.dispatch import soft
-from moe_jax.dispatch.slots import Slots
+from moe_jax.dispatch.slots import SlotDispatch
 from moe_jax.routing.router import (
     Assignment,
     ExpertAssignment,
@@ -24,15 +24,15 @@ from moe_jax.routing.router import (
 
 
 @dataclasses.dataclass
-class Einsum(Slots):
+class Einsum(SlotDispatch):
     """Multiplies with one-hot masks; a component of a config."""
 
     def fill(self, x: jax.Array, assignment: Assignment, num_experts: int) -> jax.Array:
-        """See `Slots.fill`."""
+        """See `SlotDispatch.fill`."""
         return soft.fill(x, as_masks(assignment, x.shape[0], num_experts))
 
     def combine(self, buffers: jax.Array, assignment: Assignment, tokens: int) -> jax.Array:
-        """See `Slots.combine`."""
+        """See `SlotDispatch.combine`."""
         return soft.combine(buffers, as_masks(assignment, tokens, buffers.shape[0]))
 
 
@@ -41,7 +41,7 @@ def as_masks(assignment: Assignment, tokens: int, num_experts: int) -> SoftAssig
     match assignment:
         case TokenAssignment():
             expert = jax.nn.one_hot(assignment.experts, num_experts)  # [S, K, E]
-            slot = jax.nn.one_hot(assignment.slots, assignment.capacity)  # [S, K, C]
+            slot = jax.nn.one_hot(assignment.position_in_expert, assignment.capacity)  # [S, K, C]
             gated = expert * assignment.gates[..., None]
             return SoftAssignment(_masks(expert, slot), _masks(gated, slot))
         case ExpertAssignment():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.dispatch import soft
-from moe_jax.dispatch.slots import Slots, slot_table
+from moe_jax.dispatch.slots import SlotDispatch, slot_table
 from moe_jax.routing.router import (
     Assignment,
     ExpertAssignment,
@@ -23,17 +23,17 @@ from moe_jax.routing.router import (
 
 
 @dataclasses.dataclass
-class Gather(Slots):
+class Gather(SlotDispatch):
     """Copies rows by index; a component of a config."""
 
     def fill(self, x: jax.Array, assignment: Assignment, num_experts: int) -> jax.Array:
-        """See `Slots.fill`."""
+        """See `SlotDispatch.fill`."""
         if isinstance(assignment, SoftAssignment):
             return soft.fill(x, assignment)
         return x.at[slot_table(assignment, num_experts)].get(mode="fill", fill_value=0)
 
     def combine(self, buffers: jax.Array, assignment: Assignment, tokens: int) -> jax.Array:
-        """See `Slots.combine`."""
+        """See `SlotDispatch.combine`."""
         if isinstance(assignment, SoftAssignment):
             return soft.combine(buffers, assignment)
         return combine(buffers, assignment, tokens)
@@ -60,7 +60,7 @@ def combine(
     # choices and its sum (at K = 2, 1.8 times the time of the whole layer's forward pass).
     sums = jnp.zeros((tokens, buffers.shape[-1]))
     for k in range(assignment.experts.shape[1]):
-        places = (assignment.experts[:, k], assignment.slots[:, k])
+        places = (assignment.experts[:, k], assignment.position_in_expert[:, k])
         outputs = buffers.at[places].get(mode="fill", fill_value=0)
         sums = sums + outputs.astype(jnp.float32) * assignment.gates[:, k, None]
     return sums.astype(buffers.dtype)

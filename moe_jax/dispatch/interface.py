@@ -45,21 +45,21 @@ class Experts:
     Attributes:
       num_experts: E, over all devices.
       first: [] int32 global number of this device's first expert.
-      weights: tree of arrays [E/X, ...].
+      parameters: tree of arrays [E/X, ...].
       network: applies them; its only access to weights is `product`.
       row_key: (token index, expert) -> PRNG key, elementwise; None where nothing is random.
     """
 
     num_experts: int
     first: jax.Array
-    weights: Any
+    parameters: Any
     network: Network
     row_key: Callable[[jax.Array, jax.Array], jax.Array] | None
 
     @property
-    def here(self) -> int:
+    def num_local(self) -> int:
         """E/X."""
-        return jax.tree.leaves(self.weights)[0].shape[0]
+        return jax.tree.leaves(self.parameters)[0].shape[0]
 
     def on_slots(self, rows: jax.Array, token: jax.Array) -> jax.Array:
         """As many rows for each expert: one batched product for each weight.
@@ -71,8 +71,8 @@ class Experts:
         Returns:
           [E/X, R, d].
         """
-        keys = self.keys(token, jnp.arange(self.here)[:, None])
-        return run(self.network, self.weights, rows, keys, batched_product)
+        keys = self.keys(token, jnp.arange(self.num_local)[:, None])
+        return run(self.network, self.parameters, rows, keys, batched_product)
 
     def on_groups(
         self, rows: jax.Array, token: jax.Array, sizes: jax.Array, backends: GroupedMatmul
@@ -93,7 +93,7 @@ class Experts:
             return grouped_matmul(rows, weight, sizes, backends)
 
         keys = self.keys(token, row_experts(sizes, rows.shape[0]))
-        return run(self.network, self.weights, rows, keys, product)
+        return run(self.network, self.parameters, rows, keys, product)
 
     def keys(self, token: jax.Array, expert: jax.Array) -> jax.Array | None:
         """PRNG keys of rows: token [...] int32, expert of this device broadcast to it; or None."""

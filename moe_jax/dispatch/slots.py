@@ -36,7 +36,7 @@ from moe_jax.routing.router import (
 
 
 @dataclasses.dataclass
-class Slots(Dispatch):
+class SlotDispatch(Dispatch):
     """Fill slots, exchange, experts, exchange, combine; a component of a config.
 
     Attributes:
@@ -105,7 +105,7 @@ class Slots(Dispatch):
         with jax.named_scope("dispatch"):
             everyones, index = (gather_tokens(a, axis, self.wire) for a in (x, token_index))
             local = to_local(assignment, experts, axis)
-            buffers, rows_token = self._fill_groups(everyones, local, index, experts.here)
+            buffers, rows_token = self._fill_groups(everyones, local, index, experts.num_local)
             groups, here, slots, width = buffers.shape
             rows = buffers.swapaxes(0, 1).reshape(here, groups * slots, width)
             rows_token = rows_token.swapaxes(0, 1).reshape(here, groups * slots)
@@ -144,8 +144,8 @@ def to_local(assignment: Assignment, experts: Experts, axis: str) -> Assignment:
     if isinstance(assignment, TokenAssignment):
         everyones = jax.tree.map(lambda a: gather_tokens(a, axis), assignment)
         local = everyones.experts - experts.first
-        mine = (local >= 0) & (local < experts.here)
-        return dataclasses.replace(everyones, experts=jnp.where(mine, local, experts.here))
+        mine = (local >= 0) & (local < experts.num_local)
+        return dataclasses.replace(everyones, experts=jnp.where(mine, local, experts.num_local))
 
     # These have an expert axis, of which each device needs its own part only.
     def exchange(a: jax.Array, expert_axis: int) -> jax.Array:
@@ -167,7 +167,7 @@ def slot_table(assignment: TokenAssignment | ExpertAssignment, num_experts: int)
     tokens, choices = assignment.experts.shape
     token = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], (tokens, choices))
     empty = jnp.full((num_experts, assignment.capacity), tokens, jnp.int32)
-    return empty.at[assignment.experts, assignment.slots].set(token, mode="drop")
+    return empty.at[assignment.experts, assignment.position_in_expert].set(token, mode="drop")
 
 
 def slot_index(token_index: jax.Array, assignment: Assignment, num_experts: int) -> jax.Array:

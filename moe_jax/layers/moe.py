@@ -41,7 +41,7 @@ from moe_jax.parallel.mesh import (
 from moe_jax.parallel.sharding import axis_size, parameter_spec, partition_spec
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.router import Mean, Router, RouterInputs, Routing
-from moe_jax.routing.statistics import of_load
+from moe_jax.routing.statistics import load_evenness
 from moe_jax.routing.token_choice import TopK
 
 
@@ -101,7 +101,7 @@ class MoEConfig(Component):
             )
         if self.group_size:
             for train in (True, False):
-                self.slots(num_experts, train)
+                self.expert_capacity(num_experts, train)
         if self.shared_mix != BranchMix.SUM and not self.shared_experts:
             raise UserError(
                 f"moe.shared_mix is {self.shared_mix}, but moe.shared_experts is 0; set it to 1."
@@ -113,7 +113,7 @@ class MoEConfig(Component):
             return self
         return dataclasses.replace(self, group_size=self.group_rows * length, group_rows=1)
 
-    def slots(self, num_experts: int, train: bool) -> int:
+    def expert_capacity(self, num_experts: int, train: bool) -> int:
         """C, slots per expert and group; S, which nothing can exceed, where no choice is dropped.
 
         Raises:
@@ -125,13 +125,13 @@ class MoEConfig(Component):
                 "moe.group_size is 0, so that a group's tokens depend on the length of rows; set it."
             )
         policy = Capacity(rule=CapacityRule.NO_DROPS) if self.dispatch.dropless else self.capacity
-        return self.router.slots(policy, self.group_size, num_experts, train)
+        return self.router.expert_capacity(policy, self.group_size, num_experts, train)
 
     def expert_rows(self, num_experts: int) -> float:
         """Rows that all experts together work on in training, for each token of a group."""
         if self.dispatch.dropless:
             return self.router.choices
-        return num_experts * self.slots(num_experts, train=True) / self.group_size
+        return num_experts * self.expert_capacity(num_experts, train=True) / self.group_size
 
 
 @jax.tree_util.register_dataclass
@@ -368,7 +368,7 @@ class MoE(nnx.Module):
         groups = number_of_groups(tokens, group_size, axis_size(mesh, TOKEN_AXES))
         capacity = group_size
         if mode != Mode.DECODE:
-            capacity = config.slots(self.num_experts, mode == Mode.TRAIN)
+            capacity = config.expert_capacity(self.num_experts, mode == Mode.TRAIN)
         self._lay_out()
         state = {name: value[...] for name, value in self.router_state.items()}
         y, report = _moe(
@@ -385,7 +385,7 @@ class MoE(nnx.Module):
             mode=mode,
             with_sums=self.reports_sums,
         )
-        weights = self.config.router.loss_weights
+        weights = self.config.router.loss_coefficients
         weighted = [weights[name] * loss for name, loss in report.losses.items()]
         if self.loss_shares:
             shares = [self.loss_shares[name][...] for name in report.losses]
@@ -593,17 +593,19 @@ def _moe_of_shard(
     experts = Experts(
         num_experts,
         first=jax.lax.axis_index(EXPERT) * weights["w_in"].shape[0],
-        weights=weights,
+        parameters=weights,
         network=expert_network(config.experts, config.expert_layers, config.expert_dropout),
         row_key=row_key if dropout else None,
     )
     # Each device of `model` computes with its slice of f; from here on their values differ. Said
     # on x and not on the buffers, so that the backward pass sums [T, d] over `model`, not [E*C, d].
     varying = jax.lax.pcast(x, MODEL, to="varying")
-    y, moved = config.dispatch.apply(varying, routing.assignment, token_index, experts, EXPERT)
+    y, dispatch_statistics = config.dispatch.apply(
+        varying, routing.assignment, token_index, experts, EXPERT
+    )
     y = jax.lax.psum(y, MODEL)
     with jax.named_scope("statistics"):
-        report = _reduced_report(routing, moved, with_sums)
+        report = _reduced_report(routing, dispatch_statistics, with_sums)
     if mode == Mode.OBSERVE:
         report = dataclasses.replace(report, routing=routing)
     return y, report
@@ -616,16 +618,18 @@ def _gather_over_data(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.all_gather(value, DATA, axis=axes.index("expert_embed"), tiled=True)
 
 
-def _reduced_report(routing: Routing, moved: dict[str, Mean], with_sums: bool) -> MoEReport:
+def _reduced_report(
+    routing: Routing, dispatch_statistics: dict[str, Mean], with_sums: bool
+) -> MoEReport:
     """Sums the groups' (sum, count) pairs over the whole mesh: one all-reduce of a few floats.
 
     Args:
       routing: of this device's groups.
-      moved: the dispatch's statistics of this device.
+      dispatch_statistics: the dispatch's statistics of this device.
       with_sums: see `MoESums`.
     """
     losses, statistics = jax.tree.map(lambda a: a.sum(axis=0), (routing.losses, routing.statistics))
-    local = (losses, statistics | moved)
+    local = (losses, statistics | dispatch_statistics)
     flat, unravel = ravel_pytree(local)
     losses, statistics = unravel(jax.lax.psum(flat, TOKEN_AXES))
     sums = MoESums()
@@ -634,5 +638,5 @@ def _reduced_report(routing: Routing, moved: dict[str, Mean], with_sums: bool) -
         counts = {name: count.sum(axis=0) for name, count in counts.items()}
         sums = MoESums(losses, statistics, jax.lax.psum(counts, TOKEN_AXES))
     values = jax.tree.map(Mean.value, statistics, is_leaf=lambda leaf: isinstance(leaf, Mean))
-    values |= of_load(values["load"])
+    values |= load_evenness(values["load"])
     return MoEReport({name: mean.value() for name, mean in losses.items()}, values, sums=sums)

@@ -45,5 +45,5 @@ def check_no_leak(router: Router, field: str, remedies: str = "") -> None:
     if router.leak:
         raise UserError(
             f"{field} is {type(router).__name__}, with which a decoder would look ahead: "
-            f"{router.leak}; use a causal router or order of service{remedies}."
+            f"{router.leak}; use a causal router or priority order{remedies}."
         )

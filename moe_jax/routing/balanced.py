@@ -15,12 +15,12 @@ import jax.numpy as jnp
 
 from moe_jax.component import field
 from moe_jax.errors import UserError
-from moe_jax.routing import scores, service
+from moe_jax.routing import priority, scores
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.fixed import left_to_right
 from moe_jax.routing.published import PublishedRouter
 from moe_jax.routing.router import Arrays, Router, RouterInputs, Routing
-from moe_jax.routing.token_choice import gates_of
+from moe_jax.routing.token_choice import take_gates
 
 
 class Solver(enum.StrEnum):
@@ -90,7 +90,7 @@ class BASE(Router):
         """Routes one group; its probabilities are the softmax of the scores."""
         score = scores.product(inputs.x, parameters["weights"])
         experts = self._experts(jax.lax.stop_gradient(score), inputs)[:, None]
-        gates = gates_of(jax.nn.sigmoid(score), experts)
+        gates = take_gates(jax.nn.sigmoid(score), experts)
         return left_to_right(experts, gates, score, inputs.mask, capacity)
 
     def _experts(self, score: jax.Array, inputs: RouterInputs) -> jax.Array:
@@ -156,7 +156,9 @@ def auction(
         return jax.nn.one_hot(experts, num_experts, dtype=jnp.int32).sum(axis=0)
 
     def find_place(wanted: jax.Array, **kwargs: jax.Array) -> jax.Array:
-        slots = service.slots(wanted[:, None], mask, num_experts, per_expert, **kwargs)
+        slots = priority.position_in_expert(
+            wanted[:, None], mask, num_experts, per_expert, **kwargs
+        )
         return slots[:, 0] < per_expert
 
     def bidding(state: _Offers) -> jax.Array:
@@ -175,7 +177,7 @@ def auction(
         wanted = jnp.where(new, wanted, state.experts)
         offers = jnp.where(new, raised, state.offers)
         highest_first = jnp.argsort(-offers, stable=True)
-        experts = jnp.where(find_place(wanted, served_in=highest_first), wanted, num_experts)
+        experts = jnp.where(find_place(wanted, priority_order=highest_first), wanted, num_experts)
         return _Offers(experts, offers, state.rounds + 1)
 
     def take_what_is_left(experts: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ class CapacityRule(enum.StrEnum):
     NO_DROPS = "no_drops"
 
 
-def slots_by_rule(
+def capacity_by_rule(
     rule: CapacityRule, tokens: int, choices: int, num_experts: int, factor: float
 ) -> int:
     """The reference's number, which may be 0 or above S.
@@ -95,14 +95,14 @@ class Capacity(Component):
     evaluation_factor: float = 2.0
     rule: CapacityRule = CapacityRule.SWITCH
 
-    def slots(self, tokens: int, choices: int, num_experts: int, train: bool) -> int:
+    def expert_capacity(self, tokens: int, choices: int, num_experts: int, train: bool) -> int:
         """C; never more than S, because a token takes at most one slot of an expert.
 
         Raises:
           UserError: the rule gives no slot at all.
         """
         factor = self.train_factor if train else self.evaluation_factor
-        slots = slots_by_rule(self.rule, tokens, choices, num_experts, factor)
+        slots = capacity_by_rule(self.rule, tokens, choices, num_experts, factor)
         if slots < 1:
             name = "train_factor" if train else "evaluation_factor"
             raise UserError(

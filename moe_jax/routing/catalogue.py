@@ -60,7 +60,7 @@ One line of a config swaps the routing: `config.model.moe.router = ...`, and usu
 `config.model.moe.capacity = ...`. K, E and the coefficients below fit 8 experts; the papers'
 numbers are in the classes' docstrings. *Gates sum to* is meant for a token of which nothing was
 dropped. A router that is not causal is refused in a decoder unless `model.accept_leak` is true or
-the model is `bidirectional`. Every token-choice router takes any `order` of service, a second pass
+the model is `bidirectional`. Every token-choice router takes any priority `order`, a second pass
 (`no_token_left_behind`) and any of the `losses`; those with one linear map also `exploration`,
 `logit_soft_cap` and `dtype`. Coefficients are those of the paper where it sums the losses of all
 layers, as the task's `auxiliary_reduction=sum` does; OLMoE's is a mean.

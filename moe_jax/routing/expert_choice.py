@@ -57,7 +57,7 @@ class ExpertChoice(Router):
         return "whether an expert takes a token depends on the other tokens of its group"
 
     @property
-    def loss_weights(self) -> dict[str, float]:
+    def loss_coefficients(self) -> dict[str, float]:
         """The coefficient of the router z-loss, unless 0."""
         return {"router_z": self.router_z_weight} if self.router_z_weight else {}
 
@@ -90,7 +90,7 @@ class ExpertChoice(Router):
         return Routing(
             assignment,
             jax.lax.stop_gradient(probabilities),
-            losses={name: losses.router_z(logits, inputs.mask) for name in self.loss_weights},
+            losses={name: losses.router_z(logits, inputs.mask) for name in self.loss_coefficients},
             statistics=statistics.of_expert_choice(assignment, probabilities, inputs.mask),
         )
 

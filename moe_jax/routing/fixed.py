@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.routing import service, statistics
+from moe_jax.routing import priority, statistics
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.published import NO_DROPS, PublishedRouter
 from moe_jax.routing.router import Arrays, Router, RouterInputs, Routing, TokenAssignment
@@ -38,7 +38,7 @@ def left_to_right(
       mask: [S] bool, False for padding.
       capacity: C.
     """
-    slots = service.slots(experts, mask, logits.shape[1], capacity)
+    slots = priority.position_in_expert(experts, mask, logits.shape[1], capacity)
     assignment = TokenAssignment(experts, slots, gates, capacity)
     probabilities = jax.lax.stop_gradient(jax.nn.softmax(logits))
     return Routing(
@@ -198,10 +198,10 @@ class UniformRandom(Router):
         """K."""
         return self.k
 
-    def slots(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
+    def expert_capacity(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
         """S where tokens share a draw, or else their one expert would drop most of them."""
         if self.per == DrawnPer.TOKEN:
-            return policy.slots(tokens, self.choices, num_experts, train)
+            return policy.expert_capacity(tokens, self.choices, num_experts, train)
         return tokens
 
     def validate(self, num_experts: int) -> None:
@@ -262,7 +262,7 @@ class StaticGate(Router):
         """The largest of the weights, or 1 where all are negative."""
         return max(self.weights) if max(self.weights) > 0 else 1.0
 
-    def slots(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
+    def expert_capacity(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
         """S, because every used expert gets all tokens."""
         return tokens
 

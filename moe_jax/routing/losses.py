@@ -53,7 +53,7 @@ class Losses(Component):
     devices_per_token: int = 1
 
     @property
-    def weights(self) -> dict[str, float]:
+    def coefficients(self) -> dict[str, float]:
         """The coefficients that are not 0, by name."""
         return {name: getattr(self, name) for name in _NAMES if getattr(self, name)}
 

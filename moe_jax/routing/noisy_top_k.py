@@ -137,10 +137,10 @@ class NoisyTopK(TokenChoice):
     load_weight: float = 0.1
 
     @property
-    def loss_weights(self) -> dict[str, float]:
+    def loss_coefficients(self) -> dict[str, float]:
         """Coefficients by the names in `Routing.losses`, without those that are 0."""
         own = {"gate_importance": self.importance_weight, "load": self.load_weight}
-        return self.losses.weights | {name: weight for name, weight in own.items() if weight}
+        return self.losses.coefficients | {name: weight for name, weight in own.items() if weight}
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""

@@ -57,14 +57,14 @@ class TokenAssignment:
     Attributes:
       experts: [S, K] int32 chosen experts, the first choice first; E (out of range) where a token
         made fewer than K choices.
-      slots: [S, K] int32 slot in the chosen expert's buffer; `capacity` if the assignment was
+      position_in_expert: [S, K] int32 slot in the chosen expert's buffer; `capacity` if the assignment was
         dropped. Out of range on the high side on purpose: -1 would wrap around.
       gates: [S, K] float32 weights of the experts' outputs.
       capacity: C, slots per expert.
     """
 
     experts: jax.Array
-    slots: jax.Array
+    position_in_expert: jax.Array
     gates: jax.Array
     capacity: int = dataclasses.field(metadata={"static": True})
 
@@ -171,13 +171,13 @@ class Router(Component, abc.ABC):
         """Expert evaluations per token that the papers count, in groups of S tokens."""
         return self.choices
 
-    def slots(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
+    def expert_capacity(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
         """C, slots of each expert's buffer in groups of S tokens, by the layer's capacity policy.
 
         Raises:
           UserError: the policy gives none.
         """
-        return policy.slots(tokens, self.choices, num_experts, train)
+        return policy.expert_capacity(tokens, self.choices, num_experts, train)
 
     @property
     def tokens_choose(self) -> bool:
@@ -200,7 +200,7 @@ class Router(Component, abc.ABC):
         return None
 
     @property
-    def loss_weights(self) -> dict[str, float]:
+    def loss_coefficients(self) -> dict[str, float]:
         """Coefficient of each entry of `Routing.losses`."""
         return {}
 

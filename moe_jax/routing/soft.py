@@ -63,7 +63,7 @@ class SoftMoE(Router):
         """E P slots are evaluated for S tokens."""
         return num_experts * self.slots_per_expert / tokens
 
-    def slots(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
+    def expert_capacity(self, policy: Capacity, tokens: int, num_experts: int, train: bool) -> int:
         """P, whatever the capacity policy says.
 
         Raises:
@@ -182,7 +182,7 @@ def combine_weights(logits: jax.Array, mask: jax.Array) -> jax.Array:
 def identity(mask: jax.Array, num_experts: int, slots_per_expert: int) -> SoftAssignment:
     """Token e * P + p alone in slot p of expert e, which it alone reads; 0 for padding.
 
-    There must be as many slots as tokens; `SoftMoE.slots` checks that.
+    There must be as many slots as tokens; `SoftMoE.expert_capacity` checks that.
     """
     weights = jnp.diag(mask.astype(jnp.float32)).reshape(-1, num_experts, slots_per_expert)
     return SoftAssignment(weights, weights)

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from moe_jax.component import field
 from moe_jax.errors import UserError
-from moe_jax.routing import losses, scores, service, statistics
+from moe_jax.routing import losses, priority, scores, statistics
 from moe_jax.routing.capacity import Capacity, CapacityRule
 from moe_jax.routing.losses import Losses
+from moe_jax.routing.priority import Priority
 from moe_jax.routing.published import NO_DROPS, PublishedRouter
 from moe_jax.routing.router import (
     Arrays,
@@ -29,7 +30,6 @@ from moe_jax.routing.router import (
     register,
 )
 from moe_jax.routing.scores import Exploration, RouterDtype
-from moe_jax.routing.service import ServiceOrder
 
 
 @register
@@ -45,7 +45,7 @@ class Choice:
         of the logits.
       clean: the same without exploration noise; the importance loss reads them. By default the
         probabilities.
-      losses: further losses of this router, by name; their coefficients are in its `loss_weights`.
+      losses: further losses of this router, by name; their coefficients are in its `loss_coefficients`.
       statistics: further statistics of this router, by name; they are logged like the others.
     """
 
@@ -77,7 +77,7 @@ class TokenChoice(Router):
     """
 
     k: int = 1
-    order: ServiceOrder = ServiceOrder.TOKEN
+    order: Priority = Priority.TOKEN
     no_token_left_behind: bool = False
     losses: Losses = dataclasses.field(default_factory=Losses)
 
@@ -92,15 +92,15 @@ class TokenChoice(Router):
 
     @property
     def leak(self) -> str | None:
-        """The order of service, or the second pass, where they look ahead."""
+        """The priority order, or the second pass, where they look ahead."""
         if self.no_token_left_behind:
             return "a token's second pass comes after later tokens were served"
-        return service.leak_of(self.order, self.choices)
+        return priority.leak_of(self.order, self.choices)
 
     @property
-    def loss_weights(self) -> dict[str, float]:
+    def loss_coefficients(self) -> dict[str, float]:
         """Coefficients by the names in `Routing.losses`."""
-        return self.losses.weights
+        return self.losses.coefficients
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError unless 1 <= K <= E, and 2 K <= E for a second pass."""
@@ -118,17 +118,19 @@ class TokenChoice(Router):
     ) -> Routing:
         """Routes one group; logits, gates and losses are float32 whatever the compute dtype."""
         choice = self.choose(parameters, inputs, num_experts)
-        gates = gates_of(choice.weights, choice.experts)
+        gates = take_gates(choice.weights, choice.experts)
         order_key = jax.random.fold_in(inputs.key, 1)
-        served_in = service.permutation(self.order, gates, order_key, inputs.train)
-        slots = service.slots(choice.experts, inputs.mask, num_experts, capacity, served_in)
+        priority_order = priority.permutation(self.order, gates, order_key, inputs.train)
+        slots = priority.position_in_expert(
+            choice.experts, inputs.mask, num_experts, capacity, priority_order
+        )
         assignment = TokenAssignment(choice.experts, slots, gates, capacity)
         if self.no_token_left_behind:
-            assignment = second_pass(assignment, choice, inputs.mask, served_in)
+            assignment = second_pass(assignment, choice, inputs.mask, priority_order)
         return Routing(
             assignment,
             jax.lax.stop_gradient(choice.probabilities),
-            losses=losses_of(self.losses, choice, inputs) | choice.losses,
+            losses=compute_losses(self.losses, choice, inputs) | choice.losses,
             statistics=statistics.with_own(
                 statistics.of_token_choice(
                     assignment, choice.experts, choice.logits, choice.probabilities, inputs.mask
@@ -167,7 +169,7 @@ def validate_expert_groups(groups: int, groups_per_token: int, num_experts: int)
         )
 
 
-def gates_of(weights: jax.Array, experts: jax.Array) -> jax.Array:
+def take_gates(weights: jax.Array, experts: jax.Array) -> jax.Array:
     """[S, K] float32 weights of the chosen experts; 0 where no choice was made."""
     num_experts = weights.shape[1]
     gates = jnp.take_along_axis(weights, jnp.minimum(experts, num_experts - 1), axis=1)
@@ -175,12 +177,12 @@ def gates_of(weights: jax.Array, experts: jax.Array) -> jax.Array:
 
 
 def second_pass(
-    assignment: TokenAssignment, choice: Choice, mask: jax.Array, served_in: jax.Array | None
+    assignment: TokenAssignment, choice: Choice, mask: jax.Array, priority_order: jax.Array | None
 ) -> TokenAssignment:
     """Gives choices without a slot one in the token's next best expert (Switch appendix B).
 
     The j-th choice of a token tries the j-th most probable of the experts that the token did not
-    choose, in the same order of service, among the slots that the first pass left. Its gate is that
+    choose, in the same priority order, among the slots that the first pass left. Its gate is that
     expert's weight beside the token's first choices, so renormalised gates no longer sum to 1.
     """
     num_experts, capacity = choice.weights.shape[1], assignment.capacity
@@ -188,17 +190,19 @@ def second_pass(
     _, next_best = jax.lax.top_k(
         jnp.where(wanted, -1.0, choice.probabilities), choice.experts.shape[1]
     )
-    dropped = (assignment.slots == capacity) & (choice.experts < num_experts)
+    dropped = (assignment.position_in_expert == capacity) & (choice.experts < num_experts)
     experts = jnp.where(dropped, next_best, num_experts)
-    taken = service.filled(assignment.experts, assignment.slots, num_experts, capacity)
-    slots = service.slots(experts, mask, num_experts, capacity, served_in, taken)
-    moved = slots < capacity
-    experts = jnp.where(moved, experts, assignment.experts)
-    slots = jnp.where(moved, slots, assignment.slots)
-    return TokenAssignment(experts, slots, gates_of(choice.weights, experts), capacity)
+    taken = priority.filled(
+        assignment.experts, assignment.position_in_expert, num_experts, capacity
+    )
+    slots = priority.position_in_expert(experts, mask, num_experts, capacity, priority_order, taken)
+    rerouted = slots < capacity
+    experts = jnp.where(rerouted, experts, assignment.experts)
+    slots = jnp.where(rerouted, slots, assignment.position_in_expert)
+    return TokenAssignment(experts, slots, take_gates(choice.weights, experts), capacity)
 
 
-def losses_of(wanted: Losses, choice: Choice, inputs: RouterInputs) -> dict[str, Mean]:
+def compute_losses(wanted: Losses, choice: Choice, inputs: RouterInputs) -> dict[str, Mean]:
     """The losses whose coefficient is not 0."""
     arguments = (choice.probabilities, choice.experts, inputs.mask)
     functions = {
@@ -213,7 +217,7 @@ def losses_of(wanted: Losses, choice: Choice, inputs: RouterInputs) -> dict[str,
         "importance": lambda: losses.importance(choice.clean, inputs.mask),
         "router_z": lambda: losses.router_z(choice.logits, inputs.mask),
     }
-    return {name: functions[name]() for name in wanted.weights}
+    return {name: functions[name]() for name in wanted.coefficients}
 
 
 @dataclasses.dataclass
@@ -314,7 +318,7 @@ class TopK(LinearRouter):
         _, experts = jax.lax.top_k(self.ranking(logits, inputs), self.k)
         weights = self.gate_scale * probabilities
         if self.renormalize:
-            chosen = gates_of(probabilities, experts).sum(axis=1, keepdims=True)
+            chosen = take_gates(probabilities, experts).sum(axis=1, keepdims=True)
             weights = weights / jnp.maximum(chosen, 1e-9)
         clean = self.clean(parameters, inputs, probabilities)
         return Choice(logits, experts, self.rounded(weights), probabilities, clean)
@@ -361,7 +365,7 @@ class GShard(LinearRouter):
     """
 
     k: int = 2
-    order: ServiceOrder = ServiceOrder.CHOICE
+    order: Priority = Priority.CHOICE
     losses: Losses = dataclasses.field(default_factory=lambda: Losses(load_balancing=1e-2))
     later_choices: LaterChoices = LaterChoices.RANDOM
     evaluation_later_choices: LaterChoices = LaterChoices.ALL
@@ -383,11 +387,11 @@ class GShard(LinearRouter):
         logits = self.logits(parameters, inputs)
         probabilities = self.softmax(logits)
         _, experts = jax.lax.top_k(self.ranking(logits, inputs), self.k)
-        chosen = gates_of(probabilities, experts).sum(axis=1, keepdims=True)
+        chosen = take_gates(probabilities, experts).sum(axis=1, keepdims=True)
         weights = probabilities / jnp.maximum(chosen, 1e-9)
         policy = self.later_choices if inputs.train else self.evaluation_later_choices
         keep_key = jax.random.fold_in(inputs.key, 2)
-        keep = _kept(policy, gates_of(weights, experts), self.threshold, keep_key)
+        keep = _kept(policy, take_gates(weights, experts), self.threshold, keep_key)
         experts = jnp.where(keep.at[:, 0].set(True), experts, num_experts)
         clean = self.clean(parameters, inputs, probabilities)
         return Choice(logits, experts, self.rounded(weights), probabilities, clean)
@@ -417,15 +421,15 @@ class VMoE(TokenChoice):
     """
 
     k: int = 2
-    order: ServiceOrder = ServiceOrder.CHOICE
+    order: Priority = Priority.CHOICE
     losses: Losses = dataclasses.field(default_factory=lambda: Losses(importance=0.005))
     noise: float = field(1.0, at_least=0)
     load_weight: float = 0.005
 
     @property
-    def loss_weights(self) -> dict[str, float]:
+    def loss_coefficients(self) -> dict[str, float]:
         """Coefficients by the names in `Routing.losses`."""
-        return self.losses.weights | ({"load": self.load_weight} if self.load_weight else {})
+        return self.losses.coefficients | ({"load": self.load_weight} if self.load_weight else {})
 
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
@@ -515,7 +519,7 @@ PUBLISHED: tuple[PublishedRouter, ...] = (
         "as GShard top-2",
         (0.5, 1),
         _BALANCING,
-        GShard(order=ServiceOrder.TOKEN),
+        GShard(order=Priority.TOKEN),
         Capacity(1.0, 1.0, CapacityRule.GSHARD),
     ),
     PublishedRouter(
@@ -551,7 +555,7 @@ PUBLISHED: tuple[PublishedRouter, ...] = (
         "as V-MoE; tokens with the largest gate first",
         (0, 1),
         "importance and load losses",
-        VMoE(order=ServiceOrder.BATCH_PRIORITY),
+        VMoE(order=Priority.BATCH_PRIORITY),
         _VMOE,
     ),
     PublishedRouter(
@@ -560,7 +564,7 @@ PUBLISHED: tuple[PublishedRouter, ...] = (
         "as V-MoE; (token, expert) pairs with the largest gate first",
         (0, 1),
         "importance and load losses",
-        VMoE(order=ServiceOrder.ASSIGNMENT_PRIORITY),
+        VMoE(order=Priority.ASSIGNMENT_PRIORITY),
         _VMOE,
     ),
     PublishedRouter(
@@ -596,7 +600,7 @@ PUBLISHED: tuple[PublishedRouter, ...] = (
         "top-1 of p; slots are given in random order; g = p",
         (0, 1),
         _BALANCING,
-        TopK(order=ServiceOrder.RANDOM),
+        TopK(order=Priority.RANDOM),
         Capacity(1.0, 1.0, CapacityRule.DEEPSPEED),
     ),
 )

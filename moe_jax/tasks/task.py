@@ -15,7 +15,7 @@ from moe_jax.component import Component
 from moe_jax.errors import UserError
 from moe_jax.layers.moe import MoEConfig, MoEReport, TokenInfo
 from moe_jax.routing.router import Routing
-from moe_jax.routing.tallies import RoutedTokens
+from moe_jax.routing.study import RoutedTokens
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]

@@ -28,7 +28,7 @@ from moe_jax.training import experiment, metrics, provenance
 from moe_jax.training.checkpoints import Checkpoints, CheckpointStage
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.experiment import Experiment
-from moe_jax.training.run import Run, signals_of
+from moe_jax.training.run import Run, broadcast_signal
 from moe_jax.training.state import TrainState
 from moe_jax.training.traced_steps import StepTracer
 
@@ -187,7 +187,7 @@ class _Loop:
     ) -> None:
         self.run, self.data, self.evaluate = run, data, evaluate
         self.checkpoints, self.workdir = checkpoints, workdir
-        self.signals = functools.cache(functools.partial(signals_of, run.mesh))
+        self.signals = functools.cache(functools.partial(broadcast_signal, run.mesh))
         self.last_good = 0
         self.checked = 0
 

@@ -33,7 +33,7 @@ from moe_jax.layers.moe import LossShare, MoE, MoEReport, MoESums
 from moe_jax.models.abstract_model import AbstractModel, Tree, arrays_of, moe_modules
 from moe_jax.parallel.mesh import TOKEN_AXES
 from moe_jax.routing.router import Mean
-from moe_jax.routing.statistics import of_load
+from moe_jax.routing.statistics import load_evenness
 from moe_jax.tasks.task import Batch, Metrics, Task
 
 # Index of a microbatch, and its rows.
@@ -131,7 +131,7 @@ def loss_counts(
       [N] float32; by module and loss, [N, layers] float32, empty where no router has a loss.
     """
     modules = moe_modules(abstract_model.merge(parameters, variables))
-    routers_have_losses = any(moe.config.router.loss_weights for moe in modules.values())
+    routers_have_losses = any(moe.config.router.loss_coefficients for moe in modules.values())
 
     def count(part: _Part) -> tuple[jax.Array, _OfLosses]:
         index, rows = part
@@ -212,7 +212,7 @@ def _joined(report: MoEReport, factor: jax.Array) -> MoEReport:
     return dataclasses.replace(
         report,
         losses={name: value_of_layers(mean) for name, mean in sums.losses.items()},
-        statistics=statistics | of_load(statistics["load"]),
+        statistics=statistics | load_evenness(statistics["load"]),
         auxiliary_loss=jax.tree.map(
             lambda losses: (losses.T * factor).sum(axis=-1), report.auxiliary_loss
         ),

@@ -11,9 +11,9 @@ import numpy as np
 
 from moe_jax.data.interface import Pipeline
 from moe_jax.errors import UserError
-from moe_jax.routing import tallies
+from moe_jax.routing import study
 from moe_jax.routing.router import Mean, Routing, TokenAssignment
-from moe_jax.routing.tallies import Summary, Tallies
+from moe_jax.routing.study import Summary, Tallies
 from moe_jax.tasks.task import Batch, ObservedLayer
 from moe_jax.training.run import Run
 from moe_jax.training.trained import Trained
@@ -28,7 +28,7 @@ def routing_statistics(
     num_batches: int,
     earlier: Trained | None = None,
 ) -> dict[int | str, Summary]:
-    """Statistics of each MoE layer on held-out data; see `tallies.summarize` for their names.
+    """Statistics of each MoE layer on held-out data; see `study.summarize` for their names.
 
     Args:
       trained: the run.
@@ -57,7 +57,7 @@ def routing_statistics(
             tallied, gates = step(trained.parameters, trained.variables, placed)
             for layer, tally in tallied.items():
                 known = totals.get(layer)
-                totals[layer] = tally if known is None else tallies.add(known, tally)
+                totals[layer] = tally if known is None else study.add(known, tally)
             if earlier is None:
                 continue
             both = [(one.parameters, one.variables) for one in (earlier, trained)]
@@ -70,7 +70,7 @@ def routing_statistics(
             "choose, and in this run's routers they choose none; leave it out."
         )
     summaries = {
-        layer: tallies.summarize(totals[layer], float(gates[layer]))
+        layer: study.summarize(totals[layer], float(gates[layer]))
         for layer in run.config.model.moe_layers
     }
     for layer, mean in common.items():
@@ -92,7 +92,7 @@ def _tally_step(run: Run, num_domains: int) -> Callable[..., Any]:
     def step(parameters: Any, variables: Any, batch: Batch) -> Any:
         observed = _observe(run, parameters, variables, batch)
         tallied = {
-            layer: tallies.tally(
+            layer: study.tally(
                 seen.routing,
                 seen.tokens,
                 num_labels=num_domains,
@@ -127,4 +127,4 @@ def _common(old: Routing, new: Routing, mask: jax.Array) -> Mean:
         for one in (old, new)
     )
     num_experts = new.probabilities.shape[-1]
-    return tallies.saturation(before, after, mask.reshape(-1), num_experts)
+    return study.saturation(before, after, mask.reshape(-1), num_experts)

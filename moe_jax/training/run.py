@@ -86,7 +86,7 @@ class Run:
     def train_step(self) -> Any:
         """The jitted step (state, batch, signals, key data) -> (state, metrics).
 
-        It takes over the state. `signals` are those of `signals_of`, the key data `noise_key_data`;
+        It takes over the state. `signals` are those of `broadcast_signal`, the key data `noise_key_data`;
         metrics are whole on every device.
         """
         config = self.config
@@ -160,7 +160,7 @@ class Run:
         return self.put(rows, self.config.data.batch_size)
 
 
-def signals_of(mesh: Mesh, number: int) -> jax.Array:
+def broadcast_signal(mesh: Mesh, number: int) -> jax.Array:
     """[devices] int32: the signal that the process of each device has received, 0 for none.
 
     A step returns the largest, so that all processes learn of it from the same step, at the cost of

@@ -13,7 +13,7 @@ LABELS = ["code", "law", "prose"]
 
 
 def summary(family, experts=4, length=100):
-    """What `tallies.summarize` returns, with numbers that are easy to find in a picture."""
+    """What `study.summarize` returns, with numbers that are easy to find in a picture."""
     share = np.full(experts, 1 / experts)
     common = {
         "load": (2 * share).tolist(),

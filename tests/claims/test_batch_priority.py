@@ -16,7 +16,7 @@ from moe_jax.reproduction.claim import Profile
 from moe_jax.reproduction.results import FinishedRun
 from moe_jax.reproduction.verdicts import Verdict, overall
 from moe_jax.routing.capacity import Capacity, CapacityRule
-from moe_jax.routing.service import ServiceOrder
+from moe_jax.routing.priority import Priority
 from moe_jax.routing.token_choice import VMoE
 from moe_jax.tasks.image_classification import ImageClassification
 from moe_jax.training.experiment import Evaluation, Experiment
@@ -26,9 +26,9 @@ from moe_jax.training.trained import Trained
 from tests.reproduction.synthetic import synthetic_results
 
 LOST = {
-    ServiceOrder.CHOICE: 1.0,
-    ServiceOrder.BATCH_PRIORITY: 0.2,
-    ServiceOrder.ASSIGNMENT_PRIORITY: 0.3,
+    Priority.CHOICE: 1.0,
+    Priority.BATCH_PRIORITY: 0.2,
+    Priority.ASSIGNMENT_PRIORITY: 0.3,
 }
 
 

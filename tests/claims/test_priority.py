@@ -1,4 +1,4 @@
-"""Claim 4, orders of service: what it says of planted effects."""
+"""Claim 4, priority orders: what it says of planted effects."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from experiments.claims import priority
 from moe_jax.reproduction.claim import Profile
 from moe_jax.reproduction.results import FinishedRun
 from moe_jax.reproduction.verdicts import Verdict, overall
-from moe_jax.routing.service import ServiceOrder
+from moe_jax.routing.priority import Priority
 from tests.reproduction.synthetic import synthetic_results
 
 
@@ -20,7 +20,7 @@ def planted(effect, profile=Profile.CPU):
 
     def run(side, seed):
         moe = side.config(1e-3, seed).model.moe
-        costs = moe.router.order == ServiceOrder.TOKEN and moe.capacity.train_factor < 1
+        costs = moe.router.order == Priority.TOKEN and moe.capacity.train_factor < 1
         loss = 2.4 + effect * costs + rng.normal() * 0.003
         records = [{"step": 20, "train/loss": 2.5, "router/0/dropped": 0.5}]
         at_two = {"eval/loss": loss - 0.1, "dropped": 0.0}
@@ -45,7 +45,7 @@ def test_noise_is_no_effect():
 
 def test_pairs_with_a_diverged_run_are_left_out():
     results = planted(0.05)
-    name = priority.side_name(ServiceOrder.TOKEN, priority.SMALL)
+    name = priority.side_name(Priority.TOKEN, priority.SMALL)
     runs = results[name].runs
     runs[0] = dataclasses.replace(runs[0], diverged_at=3, measured={})
     assert len(priority.gains(results, priority.SMALL)) == 2

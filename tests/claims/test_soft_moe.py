@@ -61,7 +61,7 @@ def test_configs_are_valid_and_have_as_many_slots_as_patches(profile):
             continue
         assert model.moe_layers == list(range(model.num_layers // 2, model.num_layers))
         for train in (True, False):
-            slots = model.num_experts * model.moe.slots(model.num_experts, train)
+            slots = model.num_experts * model.moe.expert_capacity(model.num_experts, train)
             assert slots / model.moe.group_size == 1
         images = model.moe.group_size / model.num_tokens
         assert images == (1 if isinstance(model.moe.router, SoftMoE) else 8)

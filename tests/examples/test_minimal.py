@@ -19,7 +19,7 @@ from examples import minimal
 from moe_jax import reference
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
 from moe_jax.training.optimizers import is_decayed
-from moe_jax.training.run import Run, signals_of
+from moe_jax.training.run import Run, broadcast_signal
 
 SOURCE = pathlib.Path(minimal.__file__).read_text()
 STEPS = 50
@@ -85,7 +85,7 @@ def library(data_dir):
         before = jax.device_get(renamed(state.parameters))
         for batch in batches:
             state, metrics = run.train_step(
-                state, run.put_batch(batch), signals_of(run.mesh, 0), run.noise_key_data
+                state, run.put_batch(batch), broadcast_signal(run.mesh, 0), run.noise_key_data
             )
             losses.append(float(metrics["loss"]))
             auxiliary_losses.append(float(metrics["auxiliary_loss"]))

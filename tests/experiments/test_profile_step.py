@@ -26,7 +26,7 @@ SMALL = [
     f"--config.model.moe.group_size={GROUP}",
 ]
 EXPERTS = get_config().model.num_experts
-CAPACITY = get_config().model.moe.capacity.slots(GROUP, 1, EXPERTS, train=True)
+CAPACITY = get_config().model.moe.capacity.expert_capacity(GROUP, 1, EXPERTS, train=True)
 # On one of the 8 devices.
 SLOTS = BATCH * LENGTH // GROUP // 8 * EXPERTS * CAPACITY
 

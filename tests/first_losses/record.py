@@ -81,7 +81,7 @@ def batches_of(name: str, config: Any) -> list[dict[str, np.ndarray]]:
 
 def first_losses(name: str) -> dict[str, Any]:
     """Losses of the first steps as hexadecimal floats, and the digest of the parameters after."""
-    from moe_jax.training.run import Run, signals_of
+    from moe_jax.training.run import Run, broadcast_signal
 
     config = config_of(name)
     run = Run.build(config)
@@ -91,7 +91,7 @@ def first_losses(name: str) -> dict[str, Any]:
         drawn = digest(state.parameters)
         for batch in batches_of(name, config):
             state, metrics = run.train_step(
-                state, run.put_batch(batch), signals_of(run.mesh, 0), run.noise_key_data
+                state, run.put_batch(batch), broadcast_signal(run.mesh, 0), run.noise_key_data
             )
             losses.append(float(metrics["loss"]).hex())
     return {"drawn": drawn, "losses": losses, "parameters": digest(state.parameters)}

@@ -63,7 +63,7 @@ def test_blocks_with_a_moe():
 def test_group_limited_choice():
     hf = config_of("deepseek_v2") | {"topk_method": "group_limited_greedy", "n_group": 4}
     router = FAMILIES["deepseek_v2"].config_from_hf(hf | {"topk_group": 2}).moe.router
-    assert isinstance(router, DeepSeekV2) and not router.losses.weights
+    assert isinstance(router, DeepSeekV2) and not router.losses.coefficients
     assert (router.losses.devices, router.losses.devices_per_token) == (4, 2)
 
 

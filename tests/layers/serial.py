@@ -19,7 +19,7 @@ def layer(config, parameters, variables, x, info, num_experts):
         for a in (info.mask, info.token_ids, info.positions, info.sequence_ids)
     ]
     arrays = {**parameters["router"], **variables.get("router_state", {})}
-    capacity = config.slots(num_experts, train=True)
+    capacity = config.expert_capacity(num_experts, train=True)
 
     def experts(inputs):
         """[S, d], or [E, P, d] in Soft MoE, to [E, S or P, d]."""
@@ -51,7 +51,7 @@ def _combined(assigned, x, experts, num_experts):
         weights = jax.nn.one_hot(assigned.tokens, tokens) * assigned.gates[..., None]
         weights = weights.sum(axis=1)  # [E, S]
     else:
-        served = assigned.slots < assigned.capacity
+        served = assigned.position_in_expert < assigned.capacity
         weights = jax.nn.one_hot(assigned.experts, num_experts) * assigned.gates[..., None]
         weights = (weights * served[..., None]).sum(axis=1).T
     return jnp.einsum("es,esd->sd", weights, experts(x))

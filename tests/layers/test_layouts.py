@@ -115,7 +115,7 @@ def layer(dispatch, name):
 
 
 def weighted_losses(name, losses):
-    weights = ROUTERS[name][0].loss_weights
+    weights = ROUTERS[name][0].loss_coefficients
     return sum((weights[key] * value for key, value in losses.items()), jnp.zeros(()))
 
 

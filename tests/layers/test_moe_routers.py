@@ -17,8 +17,8 @@ from moe_jax.routing.expert_choice import ExpertChoice
 from moe_jax.routing.fixed import DrawnPer, UniformRandom
 from moe_jax.routing.losses import Losses
 from moe_jax.routing.noisy_top_k import NoisyTopK
+from moe_jax.routing.priority import Priority
 from moe_jax.routing.router import Mean
-from moe_jax.routing.service import ServiceOrder
 
 B, L, D, F, E, S = 8, 8, 8, 16, 8, 8
 MASK = np.arange(B * L).reshape(B, L) % 11 != 5
@@ -37,7 +37,7 @@ def assert_close(got, want, name):
 
 
 DRAWING = {
-    "noisy top-k, random order": NoisyTopK(k=2, order=ServiceOrder.RANDOM),
+    "noisy top-k, random order": NoisyTopK(k=2, order=Priority.RANDOM),
     "one draw per batch": UniformRandom(per=DrawnPer.BATCH),
     "BASE": BASE(),
     "capped expert choice": ExpertChoice(cap=2),

@@ -14,7 +14,7 @@ from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.recurrent_lm import RecurrentLMConfig
 from moe_jax.routing.noisy_top_k import HierarchicalNoisyTopK, NoisyTopK
-from moe_jax.routing.service import ServiceOrder
+from moe_jax.routing.priority import Priority
 from moe_jax.routing.token_choice import TopK
 
 B, L, V = 4, 8, 16
@@ -167,7 +167,7 @@ def test_layers_of_the_baselines():
         ({"dropout": 1.0}, r"model.dropout is 1.0; it must be in \[0, 1\)"),
         ({"init_scale": 0.0}, r"model.init_scale is 0.0; it must be above 0"),
         ({"moe": MoEConfig(HierarchicalNoisyTopK(groups=3))}, r"router.groups is 3"),
-        ({"moe": MoEConfig(TopK(k=2, order=ServiceOrder.CHOICE))}, r"TopK.*would look ahead"),
+        ({"moe": MoEConfig(TopK(k=2, order=Priority.CHOICE))}, r"TopK.*would look ahead"),
     ],
 )
 def test_refusals(fields, message):

@@ -107,7 +107,7 @@ def over_rows(mean):
 
 def dispatched(assignment: TokenAssignment):
     """[..., S, E] int, 1 where an expert serves the token."""
-    served = np.asarray(assignment.slots) < assignment.capacity
+    served = np.asarray(assignment.position_in_expert) < assignment.capacity
     return (np.eye(E, dtype=int)[np.asarray(assignment.experts)] * served[..., None]).sum(axis=-2)
 
 

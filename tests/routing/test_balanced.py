@@ -239,7 +239,7 @@ def test_evaluation_is_greedy_and_gates_are_sigmoids(solver):
     )
     routing = jitted_route(solver, False, capacity=1)(weights, x, jnp.ones(3, bool))
     np.testing.assert_array_equal(routing.assignment.experts, [[1], [0], [1]])
-    np.testing.assert_array_equal(routing.assignment.slots, [[0], [0], [1]])
+    np.testing.assert_array_equal(routing.assignment.position_in_expert, [[0], [0], [1]])
     np.testing.assert_allclose(routing.assignment.gates, np.full((3, 1), 0.75), rtol=1e-6)
     # exp(scores) are 1, 3 and 1/3, over 13/3: 3/13, 9/13 and 1/13.
     np.testing.assert_allclose(routing.probabilities[0], np.array([3, 9, 1]) / 13, rtol=1e-6)
@@ -293,7 +293,7 @@ def test_gradients_go_through_the_gate_alone(solver, train):
 
     def loss(weights):
         assignment = route(weights, x, mask).assignment
-        return (assignment.gates * cotangent * (assignment.slots < S)).sum()
+        return (assignment.gates * cotangent * (assignment.position_in_expert < S)).sum()
 
     gradient = np.asarray(jax.grad(loss)(weights))
     chosen = np.asarray(route(weights, x, mask).assignment.experts)[:, 0]
@@ -346,7 +346,7 @@ def test_groups_under_jit_and_vmap_equal_single_groups(router):
             lifted,
             route(weights_of(), xs[g], masks[g]),
         )
-    assert (lifted.assignment.slots[~masks] == 4).all(), "padding took a slot"
+    assert (lifted.assignment.position_in_expert[~masks] == 4).all(), "padding took a slot"
     assert all((mean.count[1] == 0).all() for mean in lifted.statistics.values())
 
 
@@ -357,7 +357,7 @@ def test_the_contents_of_padding_change_nothing(solver, train):
     x, mask = vectors(S, D), jnp.arange(S) % 4 != 1
     before = route(weights_of(), x, mask)
     after = route(weights_of(), jnp.where(mask[:, None], x, 1e3), mask)
-    for name in ("experts", "slots", "gates"):
+    for name in ("experts", "position_in_expert", "gates"):
         np.testing.assert_array_equal(
             getattr(before.assignment, name)[mask], getattr(after.assignment, name)[mask]
         )

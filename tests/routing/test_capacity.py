@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.errors import UserError
-from moe_jax.routing.capacity import Capacity, CapacityRule, slots_by_rule
+from moe_jax.routing.capacity import Capacity, CapacityRule, capacity_by_rule
 
 # rule: (S, K, E, capacity factor, the reference's number).
 BY_HAND = {
@@ -91,17 +91,17 @@ def test_every_rule_has_its_numbers():
 )
 def test_slots_worked_out_by_hand(rule, tokens, choices, experts, factor, slots):
     rule = CapacityRule(rule)
-    assert slots_by_rule(rule, tokens, choices, experts, factor) == slots
+    assert capacity_by_rule(rule, tokens, choices, experts, factor) == slots
     if slots:
         # A token takes at most one slot of an expert, so more than S are never filled.
         capacity = Capacity(rule=rule, train_factor=factor)
-        assert capacity.slots(tokens, choices, experts, train=True) == min(slots, tokens)
+        assert capacity.expert_capacity(tokens, choices, experts, train=True) == min(slots, tokens)
 
 
 def test_training_and_evaluation_have_their_own_factor():
     capacity = Capacity(train_factor=1.25, evaluation_factor=2.0)
-    assert capacity.slots(64, 1, 8, train=True) == 10
-    assert capacity.slots(64, 1, 8, train=False) == 16
+    assert capacity.expert_capacity(64, 1, 8, train=True) == 10
+    assert capacity.expert_capacity(64, 1, 8, train=False) == 16
 
 
 @given(st.integers(1, 4096), st.integers(1, 4), st.integers(1, 64), st.floats(1.0, 16.0))
@@ -110,7 +110,7 @@ def test_a_factor_of_one_or_more_has_room_for_balanced_tokens(tokens, choices, e
     choices = min(choices, experts)
     for rule in ("switch", "vmoe_ceil", "deepspeed", "no_drops"):
         capacity = Capacity(rule=CapacityRule(rule), train_factor=factor)
-        slots = capacity.slots(tokens, choices, experts, train=True)
+        slots = capacity.expert_capacity(tokens, choices, experts, train=True)
         assert 1 <= slots <= tokens
         assert slots * experts >= tokens * choices
 
@@ -124,8 +124,8 @@ def test_a_factor_of_one_or_more_has_room_for_balanced_tokens(tokens, choices, e
 )
 @settings(max_examples=30, deadline=None)
 def test_a_larger_factor_never_has_less_room(rule, tokens, experts, factor, larger):
-    small = slots_by_rule(rule, tokens, 1, experts, factor)
-    assert 0 <= small <= slots_by_rule(rule, tokens, 1, experts, larger * factor)
+    small = capacity_by_rule(rule, tokens, 1, experts, factor)
+    assert 0 <= small <= capacity_by_rule(rule, tokens, 1, experts, larger * factor)
 
 
 @pytest.mark.parametrize("rule", ["praxis", "vmoe_round", "soft_moe"])
@@ -137,7 +137,7 @@ def test_a_rule_that_gives_no_slot_is_refused(rule, train, name):
         r"experts gives experts no slot \(zero capacity\); raise the factor or moe.group_size\."
     )
     with pytest.raises(UserError, match=message):
-        capacity.slots(4, 1, 16, train)
+        capacity.expert_capacity(4, 1, 16, train)
 
 
 @pytest.mark.parametrize("name", ["train_factor", "evaluation_factor"])

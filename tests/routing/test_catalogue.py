@@ -29,8 +29,8 @@ from moe_jax.routing import (
     fixed,
     losses,
     noisy_top_k,
+    priority,
     scores,
-    service,
     soft,
     token_choice,
 )
@@ -85,7 +85,7 @@ def output(assigned, x):
         expert = jnp.arange(E)[:, None]
         weights = jnp.zeros((S, E)).at[assigned.tokens, expert].set(assigned.gates, mode="drop")
     else:
-        served = assigned.gates * (assigned.slots < assigned.capacity)
+        served = assigned.gates * (assigned.position_in_expert < assigned.capacity)
         token = jnp.arange(S)[:, None]
         weights = jnp.zeros((S, E)).at[token, assigned.experts].add(served, mode="drop")
     return jnp.einsum("se,sef->sf", weights, by_expert)
@@ -106,7 +106,7 @@ def sums_of_gates(assigned):
 
 def test_config_lines_make_the_routers_and_capacities():
     modules = (
-        balanced, capacity, deepseek, expert_choice, fixed, losses, noisy_top_k, scores, service,
+        balanced, capacity, deepseek, expert_choice, fixed, losses, noisy_top_k, scores, priority,
         soft, token_choice,
     )  # fmt: skip
     names = {name: value for module in modules for name, value in vars(module).items()}
@@ -154,9 +154,9 @@ def test_the_documentation_page_is_written_from_the_catalogue():
 def test_fields_and_capacity_work_for_eight_experts(entry):
     entry.router.validate(E)
     for train in (True, False):
-        assert 1 <= entry.router.slots(entry.capacity or Capacity(), S, E, train) <= S
+        assert 1 <= entry.router.expert_capacity(entry.capacity or Capacity(), S, E, train) <= S
     route = routed(entry, TIGHT, True, vectors(S, D))
-    assert route.losses.keys() == entry.router.loss_weights.keys()
+    assert route.losses.keys() == entry.router.loss_coefficients.keys()
 
 
 # Causality
@@ -236,7 +236,7 @@ def test_capacity_is_never_exceeded_and_no_slot_is_shared(entry, slots):
             real = tokens[tokens < S]
             assert len(set(real)) == len(real)
         return
-    experts, slot = np.asarray(assigned.experts), np.asarray(assigned.slots)
+    experts, slot = np.asarray(assigned.experts), np.asarray(assigned.position_in_expert)
     held = slot < assigned.capacity
     pairs = list(zip(experts[held], slot[held], strict=True))
     assert len(pairs) == len(set(pairs))
@@ -338,7 +338,10 @@ def test_one_token_and_tokens_that_are_all_alike(entry, tokens):
     route = run(parameters(ENTRIES.index(entry)), x)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(route))
     if isinstance(route.assignment, TokenAssignment):
-        experts, slots = np.asarray(route.assignment.experts), np.asarray(route.assignment.slots)
+        experts, slots = (
+            np.asarray(route.assignment.experts),
+            np.asarray(route.assignment.position_in_expert),
+        )
         held = experts[slots == 0]
         assert len(held) and len(set(held)) == len(held), "one slot, one token"
 

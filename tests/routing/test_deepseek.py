@@ -439,11 +439,11 @@ def test_loss_weights_name_the_losses(router):
     quiet = dataclasses.replace(router, losses=dataclasses.replace(router.losses, **NO_LOSSES))
     for one in (router, quiet):
         routing = jax.eval_shape(jitted_route(one), parameters, inputs)
-        assert set(routing.losses) == set(one.loss_weights)
-    assert not quiet.loss_weights
+        assert set(routing.losses) == set(one.loss_coefficients)
+    assert not quiet.loss_coefficients
 
 
-NO_LOSSES = {name: 0.0 for name in (V2.losses.weights | V3.losses.weights)}
+NO_LOSSES = {name: 0.0 for name in (V2.losses.coefficients | V3.losses.coefficients)}
 
 
 def test_v3_other_losses_count_the_experts_chosen():
@@ -457,12 +457,12 @@ def test_v3_other_losses_count_the_experts_chosen():
 def test_the_papers_defaults_are_valid():
     DeepSeekV2().validate(160)
     DeepSeekV3().validate(256)
-    assert DeepSeekV2().loss_weights == {
+    assert DeepSeekV2().loss_coefficients == {
         "expert_level": 0.003,
         "device_level": 0.05,
         "communication": 0.02,
     }
-    assert DeepSeekV3().loss_weights == {"sequence_wise": 1e-4}
+    assert DeepSeekV3().loss_coefficients == {"sequence_wise": 1e-4}
     assert (DeepSeekV2().choices, DeepSeekV3().choices) == (6, 8)
 
 

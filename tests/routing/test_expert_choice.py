@@ -122,11 +122,11 @@ def test_gradient_of_gates_and_loss_equals_finite_differences(cap):
 def test_router_z_loss_by_hand_and_absent_without_coefficient():
     x, weights = vectors(S, D), jnp.zeros((D, E))
     assert not routed(x, np.ones(S, bool), weights, PLAIN, 2).losses
-    assert router(PLAIN).loss_weights == {}
+    assert router(PLAIN).loss_coefficients == {}
     # All logits are 0, so that logsumexp is ln 3.
     loss = routed(x, np.ones(S, bool), weights, CAPPED, 2).losses["router_z"]
     np.testing.assert_allclose(loss.value(), np.log(3) ** 2, rtol=1e-5)
-    assert router(CAPPED).loss_weights == {"router_z": 1e-3}
+    assert router(CAPPED).loss_coefficients == {"router_z": 1e-3}
 
 
 def test_an_expert_takes_a_token_or_not_by_what_comes_later():

@@ -63,7 +63,7 @@ def test_modulo_sends_ids_to_their_remainders():
     inputs = group(vectors(5), token_ids=[0, 1, 5, 3, 7])
     routing = route(router, inputs, num_experts=3, capacity=1)
     np.testing.assert_array_equal(routing.assignment.experts, [[0], [1], [2], [0], [1]])
-    np.testing.assert_array_equal(routing.assignment.slots, [[0], [0], [0], [1], [1]])
+    np.testing.assert_array_equal(routing.assignment.position_in_expert, [[0], [0], [0], [1], [1]])
     np.testing.assert_array_equal(routing.assignment.gates, np.ones((5, 1)))
     np.testing.assert_array_equal(routing.probabilities, np.eye(3)[[0, 1, 2, 0, 1]])
     values = {name: mean.value() for name, mean in routing.statistics.items()}
@@ -219,7 +219,7 @@ def test_static_gates_by_hand():
     routing = route(router, group(vectors(3)), num_experts=3, capacity=2)
     np.testing.assert_array_equal(routing.assignment.experts, [[2, 0]] * 3)
     np.testing.assert_array_equal(routing.assignment.gates, [[1.5, 0.5]] * 3)
-    np.testing.assert_array_equal(routing.assignment.slots, [[0, 0], [1, 1], [2, 2]])
+    np.testing.assert_array_equal(routing.assignment.position_in_expert, [[0, 0], [1, 1], [2, 2]])
     np.testing.assert_allclose(routing.probabilities, [[0.25, 0, 0.75]] * 3, rtol=1e-6)
     values = {name: float(m.value()) for name, m in routing.statistics.items() if name != "load"}
     assert values == pytest.approx(
@@ -258,13 +258,13 @@ def test_the_contract_holds_in_jit_vmap_and_a_group_of_padding(router, train):
             route(router, groups[g], capacity=3),
         )
     assert lifted.assignment.experts.shape == (3, S, router.choices)
-    assert (lifted.assignment.slots[~masks] == 3).all(), "padding took a slot"
+    assert (lifted.assignment.position_in_expert[~masks] == 3).all(), "padding took a slot"
     for mean in jax.tree.map(lambda leaf: leaf[1], lifted.statistics).values():
         assert mean.count == 0
         assert (mean.total == 0).all()
     np.testing.assert_allclose(lifted.probabilities.sum(axis=-1), 1, rtol=1e-6)
     assert router.leak is None
-    assert router.loss_weights == {}
+    assert router.loss_coefficients == {}
     assert router.init(jax.random.key(0), 8, E) == {}
 
 
@@ -278,7 +278,7 @@ def test_padding_and_later_tokens_change_nothing(router):
         vectors(S).at[2].set(9.0).at[5].set(7.0), mask=mask, token_ids=[3, 9, 33, 9, 2, 22]
     )
     after = route(router, other, capacity=2)
-    for name in ("experts", "slots", "gates"):
+    for name in ("experts", "position_in_expert", "gates"):
         same = [0, 1, 3, 4]
         np.testing.assert_array_equal(
             getattr(before.assignment, name)[same, ...], getattr(after.assignment, name)[same, ...]

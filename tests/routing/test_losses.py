@@ -428,9 +428,9 @@ def test_sequence_wise_cut_by_padding_counts_only_real_sequences():
     assert got.value() == pytest.approx(1.1625, rel=1e-6)
 
 
-def test_weights_name_the_losses_that_are_on():
-    assert Losses().weights == {}
-    assert Losses(importance=0.5, router_z=0.25, devices=4).weights == {
+def test_coefficients_name_the_losses_that_are_on():
+    assert Losses().coefficients == {}
+    assert Losses(importance=0.5, router_z=0.25, devices=4).coefficients == {
         "importance": 0.5,
         "router_z": 0.25,
     }

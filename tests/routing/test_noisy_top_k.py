@@ -373,15 +373,15 @@ def test_loss_weights_name_the_losses_and_zero_leaves_one_out(router_class):
     fields = {"k": 1, "groups": A} if router_class is HierarchicalNoisyTopK else {"k": 2}
     inputs = group(vectors(S, D))
     default = router_class(**fields)
-    assert default.loss_weights == {"gate_importance": 0.1, "load": 0.1}
+    assert default.loss_coefficients == {"gate_importance": 0.1, "load": 0.1}
     some = router_class(
         **fields, losses=Losses(router_z=1e-3), importance_weight=0.0, load_weight=0.2
     )
-    assert some.loss_weights == {"router_z": 1e-3, "load": 0.2}
+    assert some.loss_coefficients == {"router_z": 1e-3, "load": 0.2}
     for router in (default, some, router_class(**fields, load_weight=0.0)):
         parameters = router.init(jax.random.key(0), D, E)
         routing = jax.eval_shape(jitted_route(router), parameters, inputs)
-        assert set(routing.losses) == set(router.loss_weights)
+        assert set(routing.losses) == set(router.loss_coefficients)
 
 
 def test_z_loss_of_a_hierarchy_sees_the_primary_logits():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing import losses, statistics, tallies
+from moe_jax.routing import losses, statistics, study
 from moe_jax.routing.router import Routing, TokenAssignment
 
 
@@ -63,15 +63,15 @@ def tallied(pairs, num_experts):
     count, _, choices = pairs.shape
     shape = (count, 2)
     position = jnp.broadcast_to(jnp.arange(2), shape)
-    tokens = tallies.RoutedTokens(
+    tokens = study.RoutedTokens(
         jnp.ones(shape, bool), position, position, jnp.zeros(shape, jnp.int32), position
     )
     assignment = TokenAssignment(
         jnp.asarray(pairs), jnp.zeros(pairs.shape, jnp.int32), jnp.ones(pairs.shape) / choices, 1
     )
     uniform = jnp.full((*shape, num_experts), 1 / num_experts)
-    sums = tallies.tally(Routing(assignment, uniform, {}, {}), tokens, num_labels=2, length=2)
-    return tallies.summarize(sums)
+    sums = study.tally(Routing(assignment, uniform, {}, {}), tokens, num_labels=2, length=2)
+    return study.summarize(sums)
 
 
 def test_random_routing_repeats_the_expert_of_the_last_token():
@@ -92,7 +92,7 @@ def test_random_routing_is_saturated_by_chance(choices, published):
     # every expert is equally often, has the expected overlap of two random sets.
     rotations = (np.arange(choices) + np.arange(64)[:, None]) % 64
     fixed = np.broadcast_to(np.arange(choices), rotations.shape)
-    mean = tallies.saturation(jnp.asarray(fixed), jnp.asarray(rotations), jnp.ones(64, bool), 64)
+    mean = study.saturation(jnp.asarray(fixed), jnp.asarray(rotations), jnp.ones(64, bool), 64)
     assert mean.value() == pytest.approx(choices / 64, rel=1e-6)
     assert round(100 * float(mean.value()), 1) == published
 

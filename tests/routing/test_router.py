@@ -58,12 +58,12 @@ class FirstExpert(Router):
 def test_a_router_needs_no_more_than_route():
     router = FirstExpert()
     router.validate(4)
-    assert (router.choices, router.leak, router.loss_weights) == (1, None, {})
+    assert (router.choices, router.leak, router.loss_coefficients) == (1, None, {})
     assert router.init(jax.random.key(0), 8, 4) == router.init_state(4) == {}
     state = {"bias": jnp.ones(4)}
     assert router.next_state(state, {}) is state
     # Through jit and vmap over two groups, as the layer calls it.
     groups = jax.tree.map(lambda *leaves: jnp.stack(leaves), group(vectors(3)), group(vectors(3)))
     routing = jax.jit(jax.vmap(lambda one: router.route({}, one, 4, 2)))(groups)
-    np.testing.assert_array_equal(routing.assignment.slots[..., 0], [[0, 1, 2]] * 2)
+    np.testing.assert_array_equal(routing.assignment.position_in_expert[..., 0], [[0, 1, 2]] * 2)
     assert routing.assignment.capacity == 2

@@ -192,4 +192,4 @@ def test_bad_fields_are_named(fields, named):
 
 def test_identity_needs_as_many_slots_as_tokens():
     with pytest.raises(UserError, match=r"3 experts 3 slots.* 6 tokens"):
-        SoftMoE(1, SoftVariant.IDENTITY).slots(Capacity(), S, E, train=True)
+        SoftMoE(1, SoftVariant.IDENTITY).expert_capacity(Capacity(), S, E, train=True)

@@ -169,16 +169,16 @@ def test_statistics_carry_no_gradient():
 
 
 def test_unevenness_of_loads():
-    even = statistics.of_load(jnp.full(8, 0.25))
-    collapsed = statistics.of_load(jnp.array([1.0, 1.0, 0, 0, 0, 0, 0, 0]))
+    even = statistics.load_evenness(jnp.full(8, 0.25))
+    collapsed = statistics.load_evenness(jnp.array([1.0, 1.0, 0, 0, 0, 0, 0, 0]))
     assert (even["max_over_mean_load"], even["load_cv"]) == (1, 0)
     assert collapsed["max_over_mean_load"] == pytest.approx(4)  # E / K
     assert collapsed["load_cv"] == pytest.approx(np.sqrt(3))  # sqrt(E / K - 1)
-    assert statistics.of_load(jnp.zeros(4))["load_cv"] == 0
+    assert statistics.load_evenness(jnp.zeros(4))["load_cv"] == 0
 
 
 def test_unevenness_of_every_layer_at_once():
     loads = jnp.array([[1.0, 1.0], [3.0, 1.0]])
-    result = statistics.of_load(loads)
+    result = statistics.load_evenness(loads)
     np.testing.assert_allclose(result["max_over_mean_load"], [1, 1.5])
     np.testing.assert_allclose(result["load_cv"], [0, 0.5])

@@ -11,12 +11,12 @@ from jax.test_util import check_grads
 
 from moe_jax import reference
 from moe_jax.errors import UserError
-from moe_jax.routing import losses, service
+from moe_jax.routing import losses, priority
 from moe_jax.routing.balanced import BASE
 from moe_jax.routing.deepseek import DeepSeekV2
 from moe_jax.routing.losses import Losses
+from moe_jax.routing.priority import Priority
 from moe_jax.routing.scores import Exploration, RouterDtype
-from moe_jax.routing.service import ServiceOrder
 from moe_jax.routing.token_choice import GShard, LaterChoices, TopK, VMoE
 from tests.routing.inputs import group, vectors
 
@@ -310,7 +310,7 @@ def test_later_choices_by_policy(policy, seconds):
 def test_a_left_out_choice_takes_no_slot_and_is_not_a_drop():
     logits = np.log([[0.6, 0.3, 0.1]] * 3)
     routing = route_logits(GShard(later_choices=LaterChoices.NONE), logits, 2)
-    np.testing.assert_array_equal(routing.assignment.slots, [[0, 2], [1, 2], [2, 2]])
+    np.testing.assert_array_equal(routing.assignment.position_in_expert, [[0, 2], [1, 2], [2, 2]])
     np.testing.assert_allclose(routing.statistics["load"].value(), [1, 0, 0])
     assert routing.statistics["dropped"].value() == pytest.approx(1 / 3)
 
@@ -397,7 +397,7 @@ def test_second_pass_by_hand():
     logits = np.log([[0.7, 0.2, 0.05, 0.05], [0.6, 0.1, 0.25, 0.05], [0.5, 0.05, 0.4, 0.05]])
     routing = route_logits(TopK(no_token_left_behind=True), logits, 1)
     np.testing.assert_array_equal(routing.assignment.experts, [[0], [2], [0]])
-    np.testing.assert_array_equal(routing.assignment.slots, [[0], [0], [1]])
+    np.testing.assert_array_equal(routing.assignment.position_in_expert, [[0], [0], [1]])
     np.testing.assert_allclose(routing.assignment.gates, [[0.7], [0.25], [0.5]], rtol=1e-5)
     # The load is of what was wanted, the drops of what came of it.
     np.testing.assert_allclose(routing.statistics["load"].value(), [1, 0, 0, 0])
@@ -440,13 +440,13 @@ def test_second_pass_equals_the_loop(order, seed, capacity, scale):
     generator = np.random.default_rng(seed)
     logits = generator.normal(size=(7, E)) + scale * np.arange(E)
     mask = generator.random(7) < 0.8
-    got = two_passes(ServiceOrder(order), capacity)(group(logits.astype(np.float32), mask=mask))
+    got = two_passes(Priority(order), capacity)(group(logits.astype(np.float32), mask=mask))
     expected = slow_two_passes(logits, mask, 2, capacity, by_rank=order == "choice")
-    np.testing.assert_array_equal(got.slots, expected[1])
+    np.testing.assert_array_equal(got.position_in_expert, expected[1])
     np.testing.assert_array_equal(got.experts, expected[0])
 
 
-# What holds for every router under every order of service.
+# What holds for every router under every priority order.
 
 ALL_LOSSES = Losses(**dict.fromkeys(Losses.__dataclass_fields__, 1))
 ROUTERS = {
@@ -465,7 +465,7 @@ every_router = pytest.mark.parametrize("name", ROUTERS)
 def check_invariants(name, routing, mask, num_experts, capacity):
     """What any routing of one group owes, whatever was put in."""
     assignment = jax.tree.map(np.asarray, routing.assignment)
-    experts, slots, gates = assignment.experts, assignment.slots, assignment.gates
+    experts, slots, gates = assignment.experts, assignment.position_in_expert, assignment.gates
     assert ((experts >= 0) & (experts <= num_experts)).all()
     assert ((slots >= 0) & (slots <= capacity)).all()
     served = slots < capacity
@@ -508,7 +508,7 @@ def routed_twice(name, order):
 
 
 @every_router
-@pytest.mark.parametrize("order", ServiceOrder)
+@pytest.mark.parametrize("order", Priority)
 @given(
     seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([0.0, 1.0, 9.0]), real=st.integers(0, 8)
 )
@@ -530,7 +530,9 @@ def test_routing_keeps_its_promises_and_ignores_padding(name, order, seed, scale
     both = routed_twice(name, order)(versions)
     one, two = (jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), both) for i in (0, 1))
     check_invariants(name, one, mask, E, 2)
-    np.testing.assert_array_equal(one.assignment.slots, two.assignment.slots)
+    np.testing.assert_array_equal(
+        one.assignment.position_in_expert, two.assignment.position_in_expert
+    )
     for field in ("experts", "gates"):
         np.testing.assert_array_equal(
             getattr(one.assignment, field)[mask], getattr(two.assignment, field)[mask]
@@ -628,11 +630,11 @@ def test_padding_enters_nothing(x, parameters):
     router = TopK(k=2, losses=ALL_LOSSES)
     padded = route(router, parameters, group(x, mask=mask), capacity=2)
     alone = route(router, parameters, group(x[mask]), capacity=2)
-    for name in ("experts", "slots", "gates"):
+    for name in ("experts", "position_in_expert", "gates"):
         np.testing.assert_allclose(
             getattr(padded.assignment, name)[mask], getattr(alone.assignment, name), rtol=1e-6
         )
-    assert (padded.assignment.slots[~mask] == 2).all()
+    assert (padded.assignment.position_in_expert[~mask] == 2).all()
     for got, expected in ((padded.losses, alone.losses), (padded.statistics, alone.statistics)):
         for name, mean in got.items():
             np.testing.assert_allclose(
@@ -648,17 +650,17 @@ def test_routing_is_causal_with_and_without_drops(x, parameters, capacity):
         route(router, parameters, group(value), capacity=capacity).assignment
         for value in (x, changed)
     )
-    assert (before.slots[:t] == capacity).any() == (capacity < S)
-    for name in ("experts", "slots", "gates"):
+    assert (before.position_in_expert[:t] == capacity).any() == (capacity < S)
+    for name in ("experts", "position_in_expert", "gates"):
         np.testing.assert_array_equal(getattr(before, name)[:t], getattr(after, name)[:t])
     assert (before.experts[t] != after.experts[t]).any()
 
 
 def test_a_router_says_what_its_order_leaks():
     assert TopK(k=2).leak is None
-    assert TopK(k=1, order=ServiceOrder.CHOICE).leak is None
-    assert GShard().leak == service.LEAKS[ServiceOrder.CHOICE]
-    assert VMoE(k=1, order=ServiceOrder.BATCH_PRIORITY).leak is not None
+    assert TopK(k=1, order=Priority.CHOICE).leak is None
+    assert GShard().leak == priority.LEAKS[Priority.CHOICE]
+    assert VMoE(k=1, order=Priority.BATCH_PRIORITY).leak is not None
     assert "second pass" in TopK(no_token_left_behind=True).leak
 
 
@@ -672,14 +674,14 @@ def test_probabilities_are_for_study_and_have_no_gradient(x, parameters):
 def test_loss_weights_name_the_losses(x, parameters):
     router = TopK(losses=Losses(load_balancing=0.5, router_z=0.25))
     routing = route(router, parameters, group(x))
-    assert router.loss_weights == {"load_balancing": 0.5, "router_z": 0.25}
-    assert routing.losses.keys() == router.loss_weights.keys()
-    assert VMoE().loss_weights == {"importance": 0.005, "load": 0.005}
+    assert router.loss_coefficients == {"load_balancing": 0.5, "router_z": 0.25}
+    assert routing.losses.keys() == router.loss_coefficients.keys()
+    assert VMoE().loss_coefficients == {"importance": 0.005, "load": 0.005}
 
 
 def test_every_loss_is_computed_from_what_it_is_defined_on(x, parameters):
     ids, everything = np.arange(S) // 5, jnp.ones(S, bool)
-    wanted = Losses(**(ALL_LOSSES.weights | {"devices": 5, "devices_per_token": 2}))
+    wanted = Losses(**(ALL_LOSSES.coefficients | {"devices": 5, "devices_per_token": 2}))
     routing = route(TopK(k=2, losses=wanted), parameters, group(x, sequence_ids=ids))
     logits = x @ parameters["weights"]
     p, experts = jax.nn.softmax(logits), routing.assignment.experts

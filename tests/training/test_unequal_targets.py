@@ -245,7 +245,7 @@ def test_without_any_targets_there_are_only_the_routers_losses():
 
 @pytest.mark.parametrize(
     "entry",
-    [entry for entry in ENTRIES if entry.router.loss_weights],
+    [entry for entry in ENTRIES if entry.router.loss_coefficients],
     ids=lambda entry: entry.name,
 )
 def test_counting_does_not_compute_the_model(entry):

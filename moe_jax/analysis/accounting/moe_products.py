@@ -68,7 +68,7 @@ def _mixing(
     soft = isinstance(moe.router, SoftMoE)
     if not soft and not isinstance(moe.dispatch, Einsum):
         return [], []
-    slots = num_experts * moe.slots(num_experts, train=True)
+    slots = num_experts * moe.expert_capacity(num_experts, train=True)
     flops = 2.0 * tokens * slots * width
     # One-hot masks have no gradient; weights that are gates have one.
     return (

@@ -81,7 +81,7 @@ def not_visited(moe: MoEConfig, num_experts: int, shapes: Mapping[str, Any]) -> 
 
 
 def _visited(moe: MoEConfig, num_experts: int) -> float:
-    slots = moe.slots(num_experts, train=True)
+    slots = moe.expert_capacity(num_experts, train=True)
     return moe.router.experts_per_token(moe.group_size, num_experts, slots)
 
 

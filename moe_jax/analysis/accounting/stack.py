@@ -105,7 +105,7 @@ def of_stack(config: StackConfig, shapes: Any) -> StackCost:
 
 
 def _experts(moe: MoEConfig, num_experts: int, layers: int, shapes: Any) -> ExpertCost:
-    slots = moe.slots(num_experts, train=True)
+    slots = moe.expert_capacity(num_experts, train=True)
     return ExpertCost(
         num_experts,
         count(shapes) // (num_experts * layers),

@@ -170,7 +170,7 @@ def measure_parts(
 ) -> Iterator[Row]:
     """Where the time of layers goes, under uniform routing.
 
-    Three programs beside the layer tell its parts: the router with its order of service; the same
+    Three programs beside the layer tell its parts: the router with its priority order; the same
     with the statistics; and the layer with experts of `NARROW` hidden units, which is everything but
     the expert products. The latter still reads every row once for them, so the share of dispatch and
     combine is, if anything, too large. Differences of noisy times can be below 0.
@@ -241,7 +241,7 @@ def _router(shape: Shape, with_statistics: bool) -> Layer:
     def layer(parameters: Any, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         routing = route(shape, parameters, x)
         assignment: Any = routing.assignment
-        aside = {"experts": assignment.experts, "slots": assignment.slots}
+        aside = {"experts": assignment.experts, "slots": assignment.position_in_expert}
         return assignment.gates, aside | (statistics_of(routing) if with_statistics else {})
 
     return layer

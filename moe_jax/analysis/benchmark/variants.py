@@ -26,7 +26,7 @@ from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
 from moe_jax.routing.capacity import Capacity
 from moe_jax.routing.router import RouterInputs, Routing
-from moe_jax.routing.statistics import of_load
+from moe_jax.routing.statistics import load_evenness
 from moe_jax.routing.token_choice import TopK
 
 Layer = Callable[[Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -127,7 +127,7 @@ def route(shape: Shape, parameters: dict[str, jax.Array], x: jax.Array) -> Routi
 def statistics_of(routing: Routing) -> dict[str, jax.Array]:
     """As the layer reports them."""
     values = {name: mean.value() for name, mean in routing.statistics.items()}
-    return values | of_load(values["load"])
+    return values | load_evenness(values["load"])
 
 
 def dense_floor(parameters: Any, rows: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -17,7 +17,7 @@ from moe_jax.routing.router import (
     SoftAssignment,
     TokenAssignment,
 )
-from moe_jax.routing.tallies import (
+from moe_jax.routing.study import (
     RoutedTokens,
     add,
     mutual_information,
@@ -66,7 +66,9 @@ HAND_PROBABILITIES = [[[0.5, 0.5, 0], [0.5, 0.25, 0.25], [0, 1, 0], [0, 0, 1]]]
 def token_choice_by_hand():
     assignment = TokenAssignment(
         experts=jnp.array([[[0, 1], [0, 2], [1, 0], [2, 1]]]),
-        slots=jnp.array([[[0, 0], [1, 0], [1, 2], [0, 0]]]),  # Token 2 lost its second choice.
+        position_in_expert=jnp.array(
+            [[[0, 0], [1, 0], [1, 2], [0, 0]]]
+        ),  # Token 2 lost its second choice.
         gates=jnp.array([[[0.51, 0.52], [0.53, 0.27], [2.5, 0.04], [0.1, 0.1]]]),
         capacity=2,
     )
@@ -211,7 +213,7 @@ def random_expert_choice(rng, tokens):
 def seen_token_choice(assignment, group, token):
     """(choices, first choice, choices that were served, choices that count as wanted)."""
     experts = np.asarray(assignment.experts)[group, token]
-    slots = np.asarray(assignment.slots)[group, token]
+    slots = np.asarray(assignment.position_in_expert)[group, token]
     made = [int(e) for e in experts if e < E]
     served = sum(1 for e, c in zip(experts, slots, strict=True) if e < E and c < C)
     return made, int(experts[0]), served, len(made)
@@ -399,7 +401,7 @@ def test_contents_of_padding_change_nothing(family):
         *(jnp.asarray(spoil(array, 1)) for name, array in vars(tokens).items() if name != "mask"),
     )
     if family == "token choice":
-        arrays = (assignment.experts, assignment.slots, assignment.gates)
+        arrays = (assignment.experts, assignment.position_in_expert, assignment.gates)
         changed = TokenAssignment(*(jnp.asarray(spoil(x, 0)) for x in arrays), C)
     elif family == "soft":
         changed = SoftAssignment(*(spoil(x, 9.0) for x in vars(assignment).values()))
@@ -482,8 +484,8 @@ def test_load_and_drops_agree_with_the_training_statistics():
         np.testing.assert_allclose(
             result[name], routing.statistics[name].value(), rtol=1e-6, err_msg=name
         )
-    of_load = statistics.of_load(routing.statistics["load"].value())
-    assert result["load_cv"] == pytest.approx(float(of_load["load_cv"]), rel=1e-5)
+    load_evenness = statistics.load_evenness(routing.statistics["load"].value())
+    assert result["load_cv"] == pytest.approx(float(load_evenness["load_cv"]), rel=1e-5)
     assert result["dropped"] > 0
 
 

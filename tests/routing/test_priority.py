@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.routing import service
-from moe_jax.routing.service import ServiceOrder
+from moe_jax.routing import priority
+from moe_jax.routing.priority import Priority
 
-every_order = pytest.mark.parametrize("order", ServiceOrder)
+every_order = pytest.mark.parametrize("order", Priority)
 
 # Three tokens, three experts, one slot each; token 0's second choice is better than token 1's
 # first.
@@ -30,20 +30,20 @@ BY_HAND = {
 
 @functools.partial(jax.jit, static_argnames=("order", "num_experts", "train"))
 def served(order, experts, gates, mask, num_experts, capacity, key, train=True, taken=None):
-    served_in = service.permutation(order, gates, key, train)
-    return service.slots(experts, mask, num_experts, capacity, served_in, taken)
+    priority_order = priority.permutation(order, gates, key, train)
+    return priority.position_in_expert(experts, mask, num_experts, capacity, priority_order, taken)
 
 
 @pytest.mark.parametrize("order", BY_HAND)
 def test_who_gets_a_slot_by_hand(order):
     everyone = jnp.ones(3, bool)
-    got = served(ServiceOrder(order), EXPERTS, GATES, everyone, 3, 1, jax.random.key(0))
+    got = served(Priority(order), EXPERTS, GATES, everyone, 3, 1, jax.random.key(0))
     np.testing.assert_array_equal(got, BY_HAND[order])
     assert got.dtype == jnp.int32
 
 
 def loop(order, experts, gates, mask, num_experts, capacity, *, taken=None, drawn=None):
-    """Serves one assignment after the other, as `ServiceOrder` says."""
+    """Serves one assignment after the other, as `Priority` says."""
     tokens, choices = experts.shape
     match order:
         case "token":
@@ -110,7 +110,7 @@ def test_a_slot_has_one_token_and_a_buffer_no_more_than_its_capacity(order, case
     places = list(zip(experts[got], slots[got], strict=True))
     assert len(set(places)) == len(places), "two tokens in one slot"
     wanted = np.bincount(experts[mask].reshape(-1), minlength=num_experts + 1)[:num_experts]
-    filled = service.filled(jnp.asarray(experts), jnp.asarray(slots), num_experts, capacity)
+    filled = priority.filled(jnp.asarray(experts), jnp.asarray(slots), num_experts, capacity)
     # No slot stays empty while somebody wants it.
     np.testing.assert_array_equal(filled, np.minimum(wanted, capacity))
 
@@ -143,26 +143,28 @@ def test_contents_of_padding_change_nothing(order):
 def test_taken_slots_by_hand():
     # Expert 0 has one of two slots left, expert 1 none, expert 2 both.
     experts = jnp.array([[0, 2], [0, 1], [2, 1], [2, 0]])
-    slots = service.slots(experts, jnp.ones(4, bool), 3, 2, taken=jnp.array([1, 2, 0]))
+    slots = priority.position_in_expert(
+        experts, jnp.ones(4, bool), 3, 2, taken=jnp.array([1, 2, 0])
+    )
     np.testing.assert_array_equal(slots, [[1, 0], [2, 2], [1, 2], [2, 2]])
 
 
 def test_filled_by_hand():
     # Expert 1 was wanted three times and has two slots; nobody made the last choice.
     experts, slots = jnp.array([[1, 0], [1, 2], [1, 3]]), jnp.array([[0, 0], [1, 0], [2, 2]])
-    np.testing.assert_array_equal(service.filled(experts, slots, 3, 2), [1, 2, 1])
+    np.testing.assert_array_equal(priority.filled(experts, slots, 3, 2), [1, 2, 1])
 
 
 def test_random_order_draws_in_training_only():
     key = jax.random.key(0)
-    assert service.permutation(ServiceOrder.RANDOM, jnp.asarray(GATES), key, train=False) is None
-    drawn = service.permutation(ServiceOrder.RANDOM, jnp.asarray(GATES), key, train=True)
+    assert priority.permutation(Priority.RANDOM, jnp.asarray(GATES), key, train=False) is None
+    drawn = priority.permutation(Priority.RANDOM, jnp.asarray(GATES), key, train=True)
     np.testing.assert_array_equal(np.sort(drawn), np.arange(6))
 
 
 def test_random_order_is_fair():
     def first(key):
-        return service.permutation(ServiceOrder.RANDOM, jnp.asarray(GATES), key, train=True)[0]
+        return priority.permutation(Priority.RANDOM, jnp.asarray(GATES), key, train=True)[0]
 
     drawn = np.asarray(jax.jit(jax.vmap(first))(jax.random.split(jax.random.key(0), 3000)))
     # Six assignments: four standard deviations of a frequency around 1/6 are 0.027.
@@ -185,4 +187,4 @@ def test_an_order_leaks_exactly_where_it_says(order, choices):
             for e, g in ((experts, gates), (changed, louder))
         )
         moved = moved or bool((before[:-1] != after[:-1]).any())
-    assert moved == (service.leak_of(order, choices) is not None)
+    assert moved == (priority.leak_of(order, choices) is not None)

@@ -267,7 +267,7 @@ def _of_token_choice(
 ) -> Arrays:
     experts, num_experts = assignment.experts, choices.shape[-1]
     made = (experts < num_experts) & tokens.mask[..., None]
-    served = made & (assignment.slots < assignment.capacity)
+    served = made & (assignment.position_in_expert < assignment.capacity)
     sums = _by_position(made.sum(axis=-1), (made & ~served).sum(axis=-1), tokens, length)
     sums |= _of_pairs(choices, experts[..., 0], tokens)
     sums["experts_per_token"] = _histogram(served.sum(axis=-1), num_experts + 1, tokens.mask)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 
-class ServiceOrder(enum.StrEnum):
+class Priority(enum.StrEnum):
     """Who gets a slot first.
 
     TOKEN: left to right by token, each with all its choices. The only one that is causal for K > 1.
@@ -30,23 +30,21 @@ class ServiceOrder(enum.StrEnum):
 
 # Why an order is not causal where K > 1 (and, but for CHOICE, where K = 1).
 LEAKS = {
-    ServiceOrder.CHOICE: "a token's second choice is served after the first choices of later tokens",
-    ServiceOrder.BATCH_PRIORITY: "later tokens with larger gates are served before a token",
-    ServiceOrder.ASSIGNMENT_PRIORITY: "later tokens with larger gates are served before a token",
-    ServiceOrder.RANDOM: "later tokens that were drawn first are served before a token",
+    Priority.CHOICE: "a token's second choice is served after the first choices of later tokens",
+    Priority.BATCH_PRIORITY: "later tokens with larger gates are served before a token",
+    Priority.ASSIGNMENT_PRIORITY: "later tokens with larger gates are served before a token",
+    Priority.RANDOM: "later tokens that were drawn first are served before a token",
 }
 
 
-def leak_of(order: ServiceOrder, choices: int) -> str | None:
-    """What `Router.leak` says of an order of service for K choices."""
-    if order == ServiceOrder.CHOICE and choices == 1:
+def leak_of(order: Priority, choices: int) -> str | None:
+    """What `Router.leak` says of a priority order for K choices."""
+    if order == Priority.CHOICE and choices == 1:
         return None
     return LEAKS.get(order)
 
 
-def permutation(
-    order: ServiceOrder, gates: jax.Array, key: jax.Array, train: bool
-) -> jax.Array | None:
+def permutation(order: Priority, gates: jax.Array, key: jax.Array, train: bool) -> jax.Array | None:
     """The order in which assignments are served.
 
     Args:
@@ -60,24 +58,24 @@ def permutation(
     """
     tokens, choices = gates.shape
     match order:
-        case ServiceOrder.CHOICE:
+        case Priority.CHOICE:
             return jnp.arange(tokens * choices).reshape(tokens, choices).T.reshape(-1)
-        case ServiceOrder.BATCH_PRIORITY:
+        case Priority.BATCH_PRIORITY:
             token = jnp.argsort(-gates.max(axis=1), stable=True)
             return (token * choices + jnp.arange(choices)[:, None]).reshape(-1)
-        case ServiceOrder.ASSIGNMENT_PRIORITY:
+        case Priority.ASSIGNMENT_PRIORITY:
             return jnp.argsort(-gates.reshape(-1), stable=True)
-        case ServiceOrder.RANDOM if train:
+        case Priority.RANDOM if train:
             return jax.random.permutation(key, tokens * choices)
     return None
 
 
-def slots(
+def position_in_expert(
     experts: jax.Array,
     mask: jax.Array,
     num_experts: int,
     capacity: int,
-    served_in: jax.Array | None = None,
+    priority_order: jax.Array | None = None,
     taken: jax.Array | None = None,
 ) -> jax.Array:
     """Gives each assignment the next free slot of its expert.
@@ -87,7 +85,7 @@ def slots(
       mask: [S] bool; padding takes no slot.
       num_experts: E.
       capacity: C.
-      served_in: [N] order of service from `permutation`; None for left to right by token.
+      priority_order: [N] priority order from `permutation`; None for left to right by token.
       taken: [E] int32 slots that are taken already; None for none.
 
     Returns:
@@ -95,16 +93,16 @@ def slots(
       where no choice was made.
     """
     flat = jnp.where(mask[:, None], experts, num_experts).reshape(-1)
-    if served_in is not None:
-        flat = flat[served_in]
+    if priority_order is not None:
+        flat = flat[priority_order]
     chosen = jax.nn.one_hot(flat, num_experts, dtype=jnp.int32)
     before = jnp.cumsum(chosen, axis=0) - chosen
     if taken is not None:
         before = before + taken
     position = (before * chosen).sum(axis=1)
     slot = jnp.where(flat < num_experts, jnp.minimum(position, capacity), capacity)
-    if served_in is not None:
-        slot = jnp.zeros_like(slot).at[served_in].set(slot, unique_indices=True)
+    if priority_order is not None:
+        slot = jnp.zeros_like(slot).at[priority_order].set(slot, unique_indices=True)
     return slot.reshape(experts.shape)
 
 
