@@ -433,7 +433,7 @@ def test_values_and_gradients_are_finite(router):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_loss_weights_name_the_losses(router):
+def test_loss_coefficients_name_the_losses(router):
     parameters, inputs = random_parameters(router), group(vectors(S, D))
     assert set(v3_route(random_parameters(V3), inputs).losses) == {"sequence_wise"}
     quiet = dataclasses.replace(router, losses=dataclasses.replace(router.losses, **NO_LOSSES))

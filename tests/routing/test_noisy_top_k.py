@@ -369,7 +369,7 @@ def test_values_and_gradients_are_finite(router, train):
 
 
 @pytest.mark.parametrize("router_class", [NoisyTopK, HierarchicalNoisyTopK])
-def test_loss_weights_name_the_losses_and_zero_leaves_one_out(router_class):
+def test_loss_coefficients_name_the_losses_and_zero_leaves_one_out(router_class):
     fields = {"k": 1, "groups": A} if router_class is HierarchicalNoisyTopK else {"k": 2}
     inputs = group(vectors(S, D))
     default = router_class(**fields)

@@ -671,7 +671,7 @@ def test_probabilities_are_for_study_and_have_no_gradient(x, parameters):
     assert not jax.grad(total)(parameters["weights"]).any()
 
 
-def test_loss_weights_name_the_losses(x, parameters):
+def test_loss_coefficients_name_the_losses(x, parameters):
     router = TopK(losses=Losses(load_balancing=0.5, router_z=0.25))
     routing = route(router, parameters, group(x))
     assert router.loss_coefficients == {"load_balancing": 0.5, "router_z": 0.25}
