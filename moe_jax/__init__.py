@@ -10,6 +10,7 @@ __version__ = "0.2.0"
 with _epy.lazy_api_imports(globals()):
     # The layer.
     from moe_jax.layers.moe import MoE, MoEConfig, TokenInfo
+    from moe_jax.layers.expert_form import ModuleForm
     from moe_jax.layers.feed_forward import FeedForwardForm
     from moe_jax.layers.mode import Mode
 

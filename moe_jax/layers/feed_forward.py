@@ -1,6 +1,7 @@
-"""The feed-forward layer: its form, which dense layers and experts share, and the dense layer.
+"""The feed-forward network: its form, the dense layer of that form, and experts of that form.
 
-Axis letters: B batch, L length, d width, f feed-forward width.
+Axis letters: B batch, L length, E experts, d width, f feed-forward width, of which a device has
+f/model.
 """
 
 import dataclasses
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import special_functions
-from moe_jax.component import Component
+from moe_jax.dispatch.interface import Product
 from moe_jax.layers.dropout import dropout
+from moe_jax.layers.expert_form import ExpertForm
 from moe_jax.layers.initializers import Scale, scaled_truncated_normal
+from moe_jax.parallel.mesh import MODEL
 from moe_jax.parallel.sharding import constrain
 
 
@@ -49,8 +52,20 @@ class HiddenBias(enum.StrEnum):
     MULTIPLICATIVE = "multiplicative"
 
 
+# Dimension names of the experts' parameters, by the names of `FeedForwardForm.shapes`.
+EXPERT_AXES: dict[str, tuple[str, ...]] = {
+    "w_in": ("experts", "expert_embed", "mlp"),
+    "w_gate": ("experts", "expert_embed", "mlp"),
+    "w_out": ("experts", "mlp", "expert_embed"),
+    "b_in": ("experts", "mlp"),
+    "b_gate": ("experts", "mlp"),
+    "b_hidden": ("experts", "mlp"),
+    "b_out": ("experts", "norm"),
+}
+
+
 @dataclasses.dataclass
-class FeedForwardForm(Component):
+class FeedForwardForm(ExpertForm):
     """act(x W_in) W_out, or gated: (act(x W_gate) * (x W_in)) W_out (Shazeer 2020).
 
     GEGLU is gated with GELU, SwiGLU gated with SILU.
@@ -78,6 +93,27 @@ class FeedForwardForm(Component):
         if self.hidden_bias != HiddenBias.NONE:
             shapes["b_hidden"] = (mlp_width,)
         return shapes
+
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """See `ExpertForm.axes`."""
+        return {name: EXPERT_AXES[name] for name in self.shapes(1, 1)}
+
+    def draw(
+        self, leading: tuple[int, ...], width: int, mlp_width: int, scale: Scale, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """See `ExpertForm.draw`."""
+        _, in_key, out_key = jax.random.split(key, 3)
+        keys = {"w_in": in_key, "w_out": out_key, "w_gate": jax.random.fold_in(key, 4)}
+        return {
+            name: scaled_truncated_normal(keys[name], (*leading, *shape), shape[0], scale)
+            if name in keys
+            else self.initial_bias(name, (*leading, *shape))
+            for name, shape in self.shapes(width, mlp_width).items()
+        }
+
+    def network(self, width: int, mlp_width: int, dropout_rate: float) -> "FeedForwardExpert":
+        """See `ExpertForm.network`."""
+        return FeedForwardExpert(self, dropout_rate)
 
     def initial_bias(self, name: str, shape: tuple[int, ...]) -> jax.Array:
         """Biases start where they change nothing: at 0, or at 1 where they multiply."""
@@ -145,3 +181,77 @@ class FeedForward(nnx.Module):
 
     def _weight(self, name: str, x: jax.Array) -> jax.Array:
         return getattr(self, name)[...].astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForwardExpert:
+    """The form with this device's slice of f: a `moe_jax.dispatch.interface.Network`.
+
+    Weights are by the names of `FeedForwardForm.shapes`.
+
+    Attributes:
+      form: activation, gate and biases.
+      dropout_rate: between the two products.
+    """
+
+    form: FeedForwardForm
+    dropout_rate: float
+
+    def up(
+        self, weights: dict[str, jax.Array], rows: jax.Array, product: Product
+    ) -> dict[str, jax.Array]:
+        """[..., d] to what the activation is applied to, and the gated half: [..., f/model] each."""
+        hidden = {}
+        for name in ("in", "gate") if self.form.gated else ("in",):
+            hidden[name] = product(rows, weights[f"w_{name}"])
+            if self.form.bias:
+                hidden[name] += _of_each_row(weights[f"b_{name}"], rows, product)
+        return hidden
+
+    def down(
+        self,
+        weights: dict[str, jax.Array],
+        hidden: dict[str, jax.Array],
+        keys: jax.Array | None,
+        product: Product,
+    ) -> jax.Array:
+        """[..., f/model] to [..., d]."""
+        if self.form.gated:
+            active = self.form.activation(hidden["gate"]) * hidden["in"]
+        else:
+            active = self.form.activation(hidden["in"])
+        if self.form.hidden_bias != HiddenBias.NONE:
+            bias = _of_each_row(weights["b_hidden"], active, product)
+            active = self.form.with_hidden_bias(active, bias)
+        if keys is not None:
+            active = _dropout(active, self.dropout_rate, keys)
+        y = product(active, weights["w_out"])
+        if not self.form.bias:
+            return y
+        # Each device of `model` adds its share, so that the sum over them has the bias once.
+        share = weights["b_out"] / jax.lax.axis_size(MODEL)
+        return y + _of_each_row(share, active, product)
+
+
+def _of_each_row(bias: jax.Array, rows: jax.Array, product: Product) -> jax.Array:
+    """The bias of each row's expert: a product with ones, because only `product` knows the expert.
+
+    Args:
+      bias: [E, f], or [f] of one expert.
+      rows: [..., any], for its shape.
+      product: see `Network`.
+    """
+    return product(jnp.ones_like(rows[..., :1]), bias[..., None, :])
+
+
+def _dropout(hidden: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
+    """Dropout on [..., f/model] whose draw depends on the row's key [...], not on the mesh."""
+    here = hidden.shape[-1]
+    # Every device of `model` draws the mask of the whole width and uses its slice of it.
+    width = here * jax.lax.axis_size(MODEL)
+    draw = jnp.vectorize(
+        lambda key: jax.random.bernoulli(key, 1 - rate, (width,)), signature="()->(f)"
+    )
+    keep = draw(keys)
+    keep = jax.lax.dynamic_slice_in_dim(keep, jax.lax.axis_index(MODEL) * here, here, axis=-1)
+    return jnp.where(keep, hidden / (1 - rate), 0).astype(hidden.dtype)

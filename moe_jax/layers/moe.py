@@ -24,10 +24,11 @@ from moe_jax.dispatch.gather import Gather
 from moe_jax.dispatch.interface import Dispatch, Experts
 from moe_jax.dispatch.varying import varying_alike
 from moe_jax.errors import UserError
-from moe_jax.layers.expert_network import expert_network
+from moe_jax.layers.expert_form import ExpertForm
 from moe_jax.layers.feed_forward import FeedForwardForm
-from moe_jax.layers.initializers import Scale, scaled_truncated_normal
+from moe_jax.layers.initializers import Scale
 from moe_jax.layers.mode import Mode
+from moe_jax.layers.residual_experts import ResidualForm
 from moe_jax.layers.shared_experts import BranchMix, SharedExperts
 from moe_jax.parallel.mesh import (
     DATA,
@@ -56,7 +57,8 @@ class MoEConfig(Component):
         consecutive tokens of the batch, so the result does not depend on the mesh. 0: a group is
         `group_rows` rows of the batch, whatever their length.
       dispatch: how tokens reach their experts: any `moe_jax.dispatch.interface.Dispatch`.
-      experts: form of each expert's feed-forward network, and of the shared experts'.
+      experts: what an expert is: the form of its feed-forward network, which is the shared experts'
+        too, or any module, see `moe_jax.layers.expert_form.ModuleForm`.
       expert_layers: residual feed-forward networks in each expert, one after the other (BASE: 10);
         1 for one network without a residual.
       expert_dropout: dropout rate inside the experts (Switch section 2.4: 0.4 in fine-tuning).
@@ -70,7 +72,7 @@ class MoEConfig(Component):
     capacity: Capacity = dataclasses.field(default_factory=Capacity)
     group_size: int = 0
     dispatch: Dispatch = dataclasses.field(default_factory=Gather)
-    experts: FeedForwardForm = dataclasses.field(default_factory=FeedForwardForm)
+    experts: ExpertForm = dataclasses.field(default_factory=FeedForwardForm)
     expert_layers: int = field(1, at_least=1)
     expert_dropout: float = field(0.0, at_least=0, below=1)
     shared_experts: int = field(0, at_least=0)
@@ -102,10 +104,37 @@ class MoEConfig(Component):
         if self.group_size:
             for train in (True, False):
                 self.expert_capacity(num_experts, train)
+        self._validate_experts()
         if self.shared_mix != BranchMix.SUM and not self.shared_experts:
             raise UserError(
                 f"moe.shared_mix is {self.shared_mix}, but moe.shared_experts is 0; set it to 1."
             )
+
+    def _validate_experts(self) -> None:
+        name = type(self.experts).__name__
+        if not isinstance(self.experts, FeedForwardForm):
+            for field_name, default in (
+                ("expert_layers", 1),
+                ("expert_dropout", 0),
+                ("shared_experts", 0),
+            ):
+                if getattr(self, field_name) != default:
+                    raise UserError(
+                        f"moe.{field_name} is {getattr(self, field_name)}, but moe.experts is {name}, "
+                        f"and only FeedForwardForm has it; leave it at {default}."
+                    )
+        if self.dispatch.dropless and self.experts.needs_slots:
+            raise UserError(
+                f"moe.experts is {name}, which works on slots only, but moe.dispatch is "
+                f"{type(self.dispatch).__name__}; use moe.dispatch = Gather()."
+            )
+
+    @property
+    def expert_form(self) -> ExpertForm:
+        """`experts`, or a stack of them where `expert_layers` says so."""
+        if self.expert_layers == 1 or not isinstance(self.experts, FeedForwardForm):
+            return self.experts
+        return ResidualForm(self.experts, self.expert_layers)
 
     def for_rows(self, length: int) -> "MoEConfig":
         """The same for rows of so many tokens, with `group_size` said in tokens."""
@@ -169,27 +198,6 @@ class TokenInfo:
         )
 
 
-# Dimension names of the experts' parameters, by the names of `FeedForwardForm.shapes`.
-EXPERT_AXES: dict[str, tuple[str, ...]] = {
-    "w_in": ("experts", "expert_embed", "mlp"),
-    "w_gate": ("experts", "expert_embed", "mlp"),
-    "w_out": ("experts", "mlp", "expert_embed"),
-    "b_in": ("experts", "mlp"),
-    "b_gate": ("experts", "mlp"),
-    "b_hidden": ("experts", "mlp"),
-    "b_out": ("experts", "norm"),
-}
-
-
-def _expert_axes(config: MoEConfig) -> dict[str, tuple[str, ...]]:
-    """Dimension names of the parameters that these experts have."""
-    sublayers = ("sublayers",) if config.expert_layers > 1 else ()
-    return {
-        name: (EXPERT_AXES[name][0], *sublayers, *EXPERT_AXES[name][1:])
-        for name in config.experts.shapes(1, 1)
-    }
-
-
 class RouterState(nnx.Variable):
     """Arrays of a router that no gradient trains, such as DeepSeek-V3's expert bias."""
 
@@ -251,7 +259,8 @@ class MoE(nnx.Module):
       w_in, w_gate: [E, d, f] float32; w_gate only where the experts are gated.
       w_out: [E, f, d] float32.
       b_in, b_gate, b_hidden: [E, f] float32, where the experts' form has them.
-      b_out: [E, d] float32. All have another dimension after E where experts have several layers.
+      b_out: [E, d] float32. All have another dimension after E where experts have several layers, and
+        experts of another `ExpertForm` have that form's arrays in their place.
       shared: the dense branch beside them, if there is one.
     """
 
@@ -282,8 +291,8 @@ class MoE(nnx.Module):
             raise UserError("key is None; give the layer a PRNG key, such as jax.random.key(0).")
         config.validate(num_experts)
         self.config = nnx.static(config)
-        self.num_experts = num_experts
-        axes = _expert_axes(config)
+        self.num_experts, self.mlp_width = num_experts, mlp_width
+        axes = config.expert_form.axes()
         draw: Callable[..., Any] = functools.partial(
             _initial_arrays, config, width, mlp_width, num_experts, scale
         )
@@ -301,19 +310,7 @@ class MoE(nnx.Module):
         self.loss_shares = nnx.data(dict[str, LossShare]())
         self.reports_sums = False
         self.path = ""
-        self.shared = (
-            SharedExperts(
-                width,
-                config.shared_experts * mlp_width,
-                config.experts,
-                config.shared_mix,
-                config.expert_dropout,
-                scale,
-                jax.random.fold_in(key, 3),
-            )
-            if config.shared_experts
-            else None
-        )
+        self.shared = _shared_experts(config, width, mlp_width, scale, jax.random.fold_in(key, 3))
 
     def __call__(
         self,
@@ -375,11 +372,12 @@ class MoE(nnx.Module):
             x,
             info,
             {name: value[...] for name, value in self.router.items()} | state,
-            {name: getattr(self, name)[...] for name in _expert_axes(config)},
+            {name: array[...] for name, array in self.experts.items()},
             jax.random.key(0) if key is None else key,
             mesh=mesh,
             config=config,
             num_experts=self.num_experts,
+            mlp_width=self.mlp_width,
             groups=groups,
             capacity=capacity,
             mode=mode,
@@ -401,6 +399,11 @@ class MoE(nnx.Module):
                 y = self.shared(x, y, shared_key)
         return y, report
 
+    @property
+    def experts(self) -> dict[str, nnx.Param]:
+        """The experts' parameters by the names of their form."""
+        return {name: getattr(self, name) for name in self.config.expert_form.axes()}
+
     def _lay_out(self) -> None:
         """Puts the parameters where the mesh in force wants them, if they are elsewhere."""
         for path, variable in nnx.to_flat_state(nnx.state(self)):
@@ -420,18 +423,20 @@ def _initial_arrays(
     key: jax.Array,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
     """Arrays by name: the router's parameters, its state, and the experts'."""
-    router_key, in_key, out_key = jax.random.split(key, 3)
-    keys = {"w_in": in_key, "w_out": out_key, "w_gate": jax.random.fold_in(key, 4)}
-    sublayers = (config.expert_layers,) if config.expert_layers > 1 else ()
-    experts = {}
-    for name, shape in config.experts.shapes(width, mlp_width).items():
-        stacked = (num_experts, *sublayers, *shape)
-        if name in keys:
-            experts[name] = scaled_truncated_normal(keys[name], stacked, shape[0], scale)
-        else:
-            experts[name] = config.experts.initial_bias(name, stacked)
+    router_key, _, _ = jax.random.split(key, 3)
+    experts = config.expert_form.draw((num_experts,), width, mlp_width, scale, key)
     router = config.router.init(router_key, width, num_experts)
     return router, config.router.init_state(num_experts), experts
+
+
+def _shared_experts(
+    config: MoEConfig, width: int, mlp_width: int, scale: Scale, key: jax.Array
+) -> SharedExperts | None:
+    form, number = config.experts, config.shared_experts
+    if not number or not isinstance(form, FeedForwardForm):
+        return None
+    mix, rate = config.shared_mix, config.expert_dropout
+    return SharedExperts(width, number * mlp_width, form, mix, rate, scale, key)
 
 
 def _router_array(kind: type[nnx.Variable], value: jax.Array) -> nnx.Variable:
@@ -453,7 +458,16 @@ def _shardings(shapes: Any, axes: dict[str, tuple[str, ...]], mesh: Mesh) -> Any
 
 @functools.partial(
     jax.jit,
-    static_argnames=("mesh", "config", "num_experts", "groups", "capacity", "mode", "with_sums"),
+    static_argnames=(
+        "mesh",
+        "config",
+        "num_experts",
+        "mlp_width",
+        "groups",
+        "capacity",
+        "mode",
+        "with_sums",
+    ),
 )
 def _moe(
     x: jax.Array,
@@ -465,6 +479,7 @@ def _moe(
     mesh: Any,
     config: MoEConfig,
     num_experts: int,
+    mlp_width: int,
     groups: int,
     capacity: int,
     mode: Mode,
@@ -477,7 +492,7 @@ def _moe(
     """
     grouped = jax.tree.map(lambda a: a.reshape(groups, -1, *a.shape[2:]), (x, info))
     index = jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32).reshape(groups, -1)
-    layer = _moe_shard_map(mesh, config, num_experts, capacity, mode, with_sums)
+    layer = _moe_shard_map(mesh, config, num_experts, mlp_width, capacity, mode, with_sums)
     y, report = layer(*grouped, index, router, parameters, key)
     return y.reshape(x.shape), report
 
@@ -504,16 +519,23 @@ def number_of_groups(tokens: int, group_size: int, shards: int) -> int:
 
 
 def _moe_shard_map(
-    mesh: Any, config: MoEConfig, num_experts: int, capacity: int, mode: Mode, with_sums: bool
+    mesh: Any,
+    config: MoEConfig,
+    num_experts: int,
+    mlp_width: int,
+    capacity: int,
+    mode: Mode,
+    with_sums: bool,
 ) -> Any:
     """The layer over global arrays: splits them by the mesh, Manual inside."""
     tokens = PartitionSpec(TOKEN_AXES)
-    experts = {name: partition_spec(axes) for name, axes in _expert_axes(config).items()}
+    experts = {name: partition_spec(axes) for name, axes in config.expert_form.axes().items()}
     return jax.shard_map(
         functools.partial(
             _moe_of_shard,
             config=config,
             num_experts=num_experts,
+            mlp_width=mlp_width,
             capacity=capacity,
             mode=mode,
             with_sums=with_sums,
@@ -537,6 +559,7 @@ def _moe_of_shard(
     *,
     config: MoEConfig,
     num_experts: int,
+    mlp_width: int,
     capacity: int,
     mode: Mode,
     with_sums: bool,
@@ -548,9 +571,9 @@ def _moe_of_shard(
       info: [G, S] each.
       token_index: [G, S] index in the global batch.
       router: the router's parameters, whole.
-      parameters: of this device's experts, split as EXPERT_AXES says.
+      parameters: of this device's experts, split as the axes of their form say.
       key: of this layer and step.
-      config, num_experts, capacity, mode, with_sums: static.
+      config, num_experts, mlp_width, capacity, mode, with_sums: static.
     """
     router_key, shared_key, dropout_key = jax.random.split(key, 3)
     train = mode == Mode.TRAIN
@@ -577,10 +600,8 @@ def _moe_of_shard(
         # FSDP: gathered here and not by the caller, so that the backward pass is a reduce-scatter.
         weights = {
             name: _gather_over_data(parameters[name], axes).astype(x.dtype)
-            for name, axes in _expert_axes(config).items()
+            for name, axes in config.expert_form.axes().items()
         }
-        if "b_out" in weights:
-            weights["b_out"] = weights["b_out"] / jax.lax.axis_size(MODEL)
         # Biases are not split over all the axes that matrices are.
         weights = dict(zip(weights, varying_alike(*weights.values()), strict=True))
 
@@ -592,9 +613,9 @@ def _moe_of_shard(
 
     experts = Experts(
         num_experts,
-        first=jax.lax.axis_index(EXPERT) * weights["w_in"].shape[0],
+        first=jax.lax.axis_index(EXPERT) * (num_experts // jax.lax.axis_size(EXPERT)),
         parameters=weights,
-        network=expert_network(config.experts, config.expert_layers, config.expert_dropout),
+        network=config.expert_form.network(x.shape[-1], mlp_width, config.expert_dropout),
         row_key=row_key if dropout else None,
     )
     # Each device of `model` computes with its slice of f; from here on their values differ. Said

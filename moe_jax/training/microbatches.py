@@ -194,7 +194,7 @@ def _accumulating(model: nnx.Module, shares: _OfLosses) -> nnx.Module:
 
 def _stacked_shape(moe: MoE) -> tuple[int, ...]:
     """The dimensions of a module's parameters over the layers of which it is the stack; often one."""
-    weights: nnx.Param = vars(moe)["w_in"]
+    weights = next(iter(moe.experts.values()))
     return weights.shape[: weights.ndim - len(weights.get_metadata()["axes"])]
 
 

@@ -19,8 +19,7 @@ from moe_jax.dispatch.einsum import Einsum
 from moe_jax.dispatch.gather import Gather
 from moe_jax.dispatch.interface import Experts
 from moe_jax.errors import UserError
-from moe_jax.layers.expert_network import FeedForwardExpert
-from moe_jax.layers.feed_forward import FeedForwardForm
+from moe_jax.layers.feed_forward import FeedForwardExpert, FeedForwardForm
 from moe_jax.parallel.mesh import EXPERT, MeshConfig, make_mesh
 from moe_jax.routing.expert_choice import ExpertChoice
 from moe_jax.routing.router import ExpertAssignment, SoftAssignment, TokenAssignment

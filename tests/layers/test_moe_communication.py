@@ -77,7 +77,7 @@ def collectives(*args, **options):
 
 
 # A dropless layer also counts the overflow, as a (sum, count) pair.
-REPORT = ("all-reduce", statistics_bytes_per_layer(E, len(LOSSES.weights)) // 4)
+REPORT = ("all-reduce", statistics_bytes_per_layer(E, len(LOSSES.coefficients)) // 4)
 DROPLESS_REPORT = ("all-reduce", REPORT[1] + 2)
 ROUTER = ("all-reduce", D * E)
 

@@ -15,6 +15,7 @@ from moe_jax.analysis.accounting.stack import products_with
 from moe_jax.dispatch.dropless import Dropless
 from moe_jax.dispatch.einsum import Einsum
 from moe_jax.dispatch.exchange import Transport
+from moe_jax.layers.expert_form import ModuleForm
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.layers.shared_experts import BranchMix
 from moe_jax.parallel.mesh import EXPERT, MODEL
@@ -22,16 +23,22 @@ from moe_jax.routing.soft import SoftMoE
 
 
 def of_moe(
-    moe: MoEConfig, num_experts: int, shapes: Mapping[str, Any], tokens: int, machine: Machine
+    moe: MoEConfig,
+    num_experts: int,
+    width: int,
+    shapes: Mapping[str, Any],
+    tokens: int,
+    machine: Machine,
 ) -> list[Product]:
     """One layer's products.
 
-    Left out: experts' biases, and tiles of rows that two experts share in grouped products, which a
+    Experts that are modules count as one product with each of their arrays. Left out: experts' biases, and tiles of rows that two experts share in grouped products, which a
     kernel multiplies once for each.
 
     Args:
       moe: the layer.
       num_experts: E.
+      width: d.
       shapes: of the layer's parameters, without a leading axis of layers.
       tokens: T, of the global batch.
       machine: what it is compiled for.
@@ -42,7 +49,9 @@ def of_moe(
     # Routing and mixing are done once by each device of `model`, with the same tokens.
     everyones = tokens * machine.mesh[MODEL]
     routing = Product(2.0 * everyones * products_with(router))
-    fill, combine = _mixing(moe, num_experts, shapes["w_in"].shape[-2], everyones, learned)
+    fill, combine = _mixing(moe, num_experts, width, everyones, learned)
+    is_module = isinstance(moe.experts, ModuleForm)
+    up = tuple(moe.experts.axes()) if is_module else ("w_in", "w_gate")
     empty = _empty_rows(moe, num_experts, machine)
 
     def experts(names: tuple[str, ...], residual: bool) -> Product:
@@ -53,7 +62,7 @@ def of_moe(
     return [
         routing,
         *fill,
-        experts(("w_in", "w_gate"), residual=False),
+        experts(up, residual=False),
         # The gradient of the gates reads the experts' outputs.
         experts(("w_out",), residual=not learned),
         *combine,

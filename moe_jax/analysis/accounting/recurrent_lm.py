@@ -66,18 +66,20 @@ def of_lstm(shapes: Mapping[str, Any]) -> int:
 
 def of_paper(moe: MoEConfig, num_experts: int, shapes: Mapping[str, Any]) -> float:
     """Multiply-adds per token of a MoE's chosen experts and of its gates as the paper counts them."""
-    return _visited(moe, num_experts) * _expert(shapes, num_experts) + _gates(moe, shapes["router"])
+    return _visited(moe, num_experts) * _expert(moe, shapes, num_experts) + _gates(
+        moe, shapes["router"]
+    )
 
 
 def of_machine(moe: MoEConfig, num_experts: int, shapes: Mapping[str, Any]) -> float:
     """Multiply-adds per token of all rows of all experts, and of all gates."""
     rows = moe.expert_rows(num_experts)
-    return rows * _expert(shapes, num_experts) + count(shapes["router"])
+    return rows * _expert(moe, shapes, num_experts) + count(shapes["router"])
 
 
 def not_visited(moe: MoEConfig, num_experts: int, shapes: Mapping[str, Any]) -> float:
     """Parameters of the experts that a token did not choose."""
-    return (num_experts - _visited(moe, num_experts)) * _expert(shapes, num_experts)
+    return (num_experts - _visited(moe, num_experts)) * _expert(moe, shapes, num_experts)
 
 
 def _visited(moe: MoEConfig, num_experts: int) -> float:
@@ -85,9 +87,10 @@ def _visited(moe: MoEConfig, num_experts: int) -> float:
     return moe.router.experts_per_token(moe.group_size, num_experts, slots)
 
 
-def _expert(shapes: Mapping[str, Any], num_experts: int) -> int:
-    """Parameters of one expert."""
-    return count({name: shapes[name] for name in ("w_in", "w_out")}) // num_experts
+def _expert(moe: MoEConfig, shapes: Mapping[str, Any], num_experts: int) -> int:
+    """Parameters of one expert, biases left out."""
+    names = [name for name in moe.expert_form.axes() if not name.startswith("b_")]
+    return count({name: shapes[name] for name in names}) // num_experts
 
 
 def _gates(moe: MoEConfig, router: Mapping[str, Any]) -> float:

@@ -87,8 +87,8 @@ def of_stack(config: StackConfig, shapes: Any) -> StackCost:
             if num_experts:
                 mlp = dict(mlp)
                 router = mlp.pop("router", {})
-                of_experts = {name: mlp.pop(name) for name in list(mlp) if name[1] == "_"}
                 moe = config.moe_of(stage.rule)
+                of_experts = {name: mlp.pop(name) for name in moe.expert_form.axes()}
                 layer = _experts(moe, num_experts, stage.count, of_experts)
                 experts += [layer] * stage.count
                 routers += products_with(router) + stage.count * _mixing(config.width, moe, layer)

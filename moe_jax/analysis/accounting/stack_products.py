@@ -67,7 +67,7 @@ def _of_block(
     if "cross_attention" in shapes:
         sublayers.append(_of_cross_attention(config, shapes["cross_attention"], rows, machine))
     mlp: Sublayer = (
-        of_moe(config.moe_of(rule), num_experts, shapes["mlp"], rows.tokens, machine)
+        of_moe(config.moe_of(rule), num_experts, config.width, shapes["mlp"], rows.tokens, machine)
         if num_experts
         else feed_forward(shapes["mlp"], rows.tokens, residual=True)
     )

@@ -151,7 +151,7 @@ def _of_recurrent_moes(
     moe: MoEConfig = model.moe
     remat = Remat.FULL if model.remat_moe else Remat.NONE
     costs = [
-        cost([of_moe(moe, model.num_experts, shapes, tokens, machine)], remat)
+        cost([of_moe(moe, model.num_experts, model.width, shapes, tokens, machine)], remat)
         for shapes, tokens in moes
     ]
     return sum(costs, start=Cost(0.0, 0.0))
