@@ -8,6 +8,7 @@ import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 from etils import epy
 
@@ -99,7 +100,8 @@ def open_dataset(name_or_dir: str, data_dir: str, split: str) -> OpenedDataset:
     Raises:
         UserError: There is no such dataset or split, or its files are damaged.
     """
-    builder = _find_builder(name_or_dir, data_dir)
+    with _without_imports(name_or_dir):
+        builder = _find_builder(name_or_dir, data_dir)
     info, directory = builder.info, pathlib.Path(builder.data_path)
     try:
         examples = builder.as_data_source(split=split)
@@ -113,6 +115,32 @@ def open_dataset(name_or_dir: str, data_dir: str, split: str) -> OpenedDataset:
         examples=examples,
         file_sha256=_checked_files(builder, split),
     )
+
+
+@contextlib.contextmanager
+def _without_imports(name: str) -> Iterator[None]:
+    """While a dataset is opened, its files get no module imported.
+
+    TFDS imports whatever module a features.json names for a feature, and a dataset may be a
+    stranger's. TFDS' own features stay available, and those of modules that are imported already.
+
+    Args:
+      name: of the dataset, for the error.
+    """
+    feature = tfds.features.FeatureConnector
+    original = feature.cls_from_name
+
+    def guarded(class_name: str) -> Any:
+        module = class_name.rpartition(".")[0]
+        if module not in sys.modules and not module.startswith("tensorflow_datasets."):
+            raise UserError(
+                f"dataset={name!r} has a feature of type {class_name!r}, whose module is not imported, "
+                f"because a dataset's files may name any; if you trust it, say --import={module}."
+            )
+        return original(class_name)
+
+    with mock.patch.object(feature, "cls_from_name", guarded):
+        yield
 
 
 def _find_builder(name_or_dir: str, data_dir: str) -> "tfds.core.DatasetBuilder":

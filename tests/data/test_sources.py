@@ -1,8 +1,10 @@
 import concurrent.futures
+import json
 import multiprocessing
 import os
 import platform
 import shutil
+import sys
 
 import pytest
 import tensorflow_datasets as tfds
@@ -148,3 +150,26 @@ def test_two_preparations_at_once(tmp_path):
     assert first.directory == second.directory
     assert first.file_sha256 == second.file_sha256
     assert [path.name for path in first.directory.parent.iterdir()] == [platform.python_version()]
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_files_of_a_dataset_get_no_module_imported(
+    tiny_text, tmp_path, monkeypatch, by_name, legacy
+):
+    folder = tmp_path / "strangers_text" / "1.0.0"  # A name that no builder in this process has.
+    shutil.copytree(tiny_text, folder)
+    (tmp_path / "strangers_module.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = folder / "features.json"
+    named = "strangers_module.Feature"
+    if legacy:
+        file.write_text(json.dumps({"type": named, "content": {}}))
+    else:
+        features = json.loads(file.read_text())
+        features["featuresDict"]["features"]["text"]["pythonClassName"] = named
+        file.write_text(json.dumps(features))
+    asked = ("strangers_text", str(tmp_path)) if by_name else (str(folder), "")
+    with pytest.raises(UserError, match=r"'strangers_module\.Feature'.*--import=strangers_module"):
+        open_dataset(*asked, "train")
+    assert "strangers_module" not in sys.modules
