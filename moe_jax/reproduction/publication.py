@@ -33,15 +33,31 @@ def publish(output: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
         raise UserError(
             f"report={output} has no claim's JSON file; experiments/reproduce.py makes it."
         )
-    folder = root / FOLDER / records[0]["profile"]
+    profiles = sorted({record["profile"] for record in records})
+    if len(profiles) > 1:
+        raise UserError(
+            f"report={output} has claims of the profiles {', '.join(profiles)}; publish the report of "
+            "one profile at a time."
+        )
+    folder = root / FOLDER / profiles[0]
     folder.mkdir(parents=True, exist_ok=True)
     for record in records:
         for kind in ("json", "png"):
-            shutil.copy(output / f"{record['name']}.{kind}", folder)
+            shutil.copy(_own_file(output / f"{record['name']}.{kind}"), folder)
     report.write_reports(folder)
     readme = root / "README.md"
     readme.write_text(with_verdicts(readme.read_text(), root))
     return folder
+
+
+def _own_file(path: pathlib.Path) -> pathlib.Path:
+    """The file itself, not one elsewhere on the machine that it points to."""
+    if path.is_symlink() or not path.is_file():
+        raise UserError(
+            f"{path} is no file of the report, which needs a JSON file and a picture of each claim; "
+            "experiments/reproduce.py makes both."
+        )
+    return path
 
 
 def with_verdicts(readme: str, root: pathlib.Path) -> str:
@@ -54,7 +70,7 @@ def _verdicts(folder: pathlib.Path, root: pathlib.Path) -> str:
     """A sentence and a table of one profile."""
     records = report.read_records(folder)
     link = str((folder / "report.md").relative_to(root))
-    hardware = ", ".join(sorted({record["hardware"] for record in records}))
+    hardware = ", ".join(sorted({report.one_line(record["hardware"]) for record in records}))
     minutes = sum(report.minutes(record) for record in records)
     return (
         f"Profile `{folder.name}`, {hardware}, at most {minutes / 60:.1f} hours (runs that claims share "

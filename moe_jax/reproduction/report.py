@@ -11,11 +11,18 @@ from typing import Any
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
+from moe_jax.errors import UserError
 from moe_jax.reproduction import verdicts
 from moe_jax.reproduction.claim import Claim
 from moe_jax.reproduction.results import Results, SideResult
 from moe_jax.reproduction.runs import write_json
 from moe_jax.reproduction.verdicts import Verdict, describe
+
+# What a claim's record must have.
+_FIELDS = (
+    "name", "profile", "title", "statement", "verdict", "findings", "table", "sides", "command",
+    "hardware", "processes", "commits", "judged_by", "datasets",
+)  # fmt: skip
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
@@ -83,17 +90,47 @@ def write_reports(output: pathlib.Path) -> list[dict[str, Any]]:
       The claims' records by name.
     """
     records = read_records(output)
-    markdown = "\n\n".join(
-        ["# Claims of papers, reproduced", verdict_table(records), *map(_section, records)]
-    )
+    try:
+        parts = [verdict_table(records), *map(_section, records)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"a claim's record in {output} has a value of another kind than experiments/reproduce.py "
+            f"writes ({type(error).__name__}: {error}); make it anew."
+        ) from error
+    markdown = "\n\n".join(["# Claims of papers, reproduced", *parts])
     (output / "report.md").write_text(markdown + "\n")
     (output / "report.html").write_text(_html(markdown, output))
     return records
 
 
 def read_records(output: pathlib.Path) -> list[dict[str, Any]]:
-    """Of the claims whose JSON files are in a folder, by name."""
-    return [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
+    """Of the claims whose JSON files are in a folder, by name.
+
+    The files may be a stranger's: their names become paths, so they must be names.
+
+    Raises:
+      UserError: a file is no claim's record.
+    """
+    return [_read_record(path) for path in sorted(output.glob("*.json"))]
+
+
+def _read_record(path: pathlib.Path) -> dict[str, Any]:
+    remedy = "experiments/reproduce.py writes such files; remove it or make it anew."
+    try:
+        record = json.loads(path.read_text())
+        problem = next((name for name in _FIELDS if name not in record), None)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is no claim's record ({error}); {remedy}") from error
+    if problem:
+        raise UserError(f"{path} is no claim's record, because it has no {problem!r}; {remedy}")
+    for name in ("name", "profile"):
+        value = record[name]
+        if not isinstance(value, str) or not re.fullmatch(r"\w+", value):
+            raise UserError(
+                f"{path}: {name} is {value!r}, which is no name of letters, digits and underscores; "
+                f"{remedy}"
+            )
+    return record
 
 
 def minutes(record: Mapping[str, Any]) -> float:
@@ -114,8 +151,8 @@ def verdict_table(records: Sequence[Mapping[str, Any]], link: str = "") -> str:
         decisive = _counts(f for f in record["findings"] if f["decisive"])
         aside = _counts(f for f in record["findings"] if not f["decisive"])
         shown = f"{decisive}; aside: {aside}" if aside else decisive
-        title = f"[{record['title']}]({link}#{_anchor(record['title'])})"
-        lines.append(f"| {title} | **{record['verdict']}** | {shown} |")
+        title = f"[{one_line(record['title'])}]({link}#{_anchor(record['title'])})"
+        lines.append(f"| {title} | **{one_line(record['verdict'])}** | {shown} |")
     return "\n".join(lines)
 
 
@@ -154,10 +191,10 @@ def _finite(value: float) -> float | None:
 def _section(record: Mapping[str, Any]) -> str:
     """Of one claim, in Markdown."""
     parts = [
-        f"## {record['title']}",
+        f"## {one_line(record['title'])}",
         _verdict(record),
-        record["statement"],
-        f"![{record['title']}]({record['name']}.png)",
+        _text(record["statement"]),
+        f"![{one_line(record['title'])}]({record['name']}.png)",
         _findings(record["findings"]),
         "Paper's figures beside ours:",
         _table(record["table"]["columns"], record["table"]["rows"]),
@@ -170,9 +207,9 @@ def _section(record: Mapping[str, Any]) -> str:
 
 def _verdict(record: Mapping[str, Any]) -> str:
     """In words, with the findings that contradict."""
-    verdict = f"**{record['verdict'].capitalize()}.**"
+    verdict = f"**{one_line(record['verdict']).capitalize()}.**"
     contradicted = [
-        f'"{finding["statement"]}"'
+        f'"{one_line(finding["statement"])}"'
         for finding in record["findings"]
         if finding["decisive"] and finding["verdict"] == Verdict.CONTRADICTED
     ]
@@ -203,7 +240,7 @@ def _sides(sides: Sequence[Mapping[str, Any]]) -> str:
             side["name"], describe(losses), tried, f"{side['steps']:,}",
             f"{side['parameters'] / 1e6:.2f} M",
             f"{side['algorithmic_flops'] / 1e12:.2f}", f"{side['executed_flops'] / 1e12:.2f}",
-            f"{sum(side['seconds']) / len(side['seconds']):.0f} s", f"`{side['config']}`",
+            f"{sum(side['seconds']) / len(side['seconds']):.0f} s", _code(side["config"]),
         ])  # fmt: skip
     columns = [
         "side", "test loss", "learning rate", "steps", "parameters", "algorithmic TFLOPs of a run",
@@ -220,25 +257,42 @@ def _provenance(record: Mapping[str, Any]) -> str:
         if seeds
         else ""
     )
-    data = f"; {', '.join(record['datasets'])}" if record["datasets"] else ""
+    data = f"; {', '.join(map(one_line, record['datasets']))}" if record["datasets"] else ""
     trained = f"trained with commit {', '.join(map(_short, record['commits']))}, " if seeds else ""
     return (
-        f"{of_runs}{record['hardware']}; {trained}judged with commit {_short(record['judged_by'])}"
-        f"{data}.\n\nAlone: `{record['command']}`"
+        f"{of_runs}{one_line(record['hardware'])}; {trained}judged with commit "
+        f"{_short(record['judged_by'])}{data}.\n\nAlone: {_code(record['command'])}"
     )
 
 
 def _short(commit: str) -> str:
     """The first digits of a commit, and '+changes' if it has that."""
-    digits, plus, changes = commit.partition("+")
+    digits, plus, changes = one_line(commit).partition("+")
     return digits[:12] + plus + changes
+
+
+def _text(words: str) -> str:
+    """Prose without HTML, whoever wrote it; its Markdown stays."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", words)
+
+
+def one_line(words: str) -> str:
+    """The same in one line, for titles and cells."""
+    return _text(" ".join(words.split()))
+
+
+def _code(words: str) -> str:
+    """As code, which nothing in it can end."""
+    return f"`{' '.join(words.replace('`', chr(39)).split())}`"
+
+
+def _cell(words: str) -> str:
+    return one_line(words).replace("|", "\\|")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in x) + " |" for x in lines
-    )
+    return "\n".join("| " + " | ".join(map(_cell, x)) + " |" for x in lines)
 
 
 def _anchor(title: str) -> str:
@@ -248,7 +302,8 @@ def _anchor(title: str) -> str:
 
 def _html(markdown: str, output: pathlib.Path) -> str:
     """One self-contained file: pictures are in it."""
-    body = MarkdownIt().enable("table").render(markdown)
+    # Raw HTML of a record would be another's script in our page.
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 
     def embedded(match: re.Match[str]) -> str:
         data = base64.b64encode((output / match[1]).read_bytes()).decode()
