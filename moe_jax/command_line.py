@@ -26,10 +26,15 @@ from moe_jax.training.loop import Interrupted
 flags.disclaim_key_flags()
 
 USER_ERROR_STATUS = 2
-# What the machine and not the program is to blame for.
-_ENVIRONMENT_ERRORS = {
-    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS
-}  # fmt: skip
+# What to do about an operating system's error, by its number; for all others see `_of_system`.
+_REMEDIES = {
+    errno.ENOENT: "name a path that exists",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.ELOOP: "name what the links are meant to lead to",
+    errno.ENOSPC: "make room there, or name another place",
+    errno.EDQUOT: "make room there, or name another place",
+}
 
 
 _IMPORT = flags.DEFINE_multi_string(
@@ -97,15 +102,27 @@ def report_to_user(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _stop(str(error), USER_ERROR_STATUS)
+    except BrokenPipeError:  # The reader of our output has seen enough, as `| head` has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in _ENVIRONMENT_ERRORS:
-            raise
-        reason = f"{error.filename}: {error.strerror}; name a place that can be written to."
-        _stop(reason, USER_ERROR_STATUS)
+        logging.getLogger(__name__).debug("where it happened", exc_info=True)
+        _stop(_of_system(error), USER_ERROR_STATUS)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
     except Interrupted as stopped:
         _stop(str(stopped), 130 if stopped.signal_number == signal.SIGINT else 0)
+
+
+def _of_system(error: OSError) -> str:
+    """What the operating system would not do, in one sentence: missing, full, forbidden, unreachable."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        return f"the operating system refused: {reason}."
+    shown = os.fspath(error.filename)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    remedy = _REMEDIES.get(error.errno or 0, "name a place that can be written to")
+    return f"{shown}: {reason}; {remedy}."
 
 
 def _main(main: Callable[[], None], argv: Sequence[str]) -> None:

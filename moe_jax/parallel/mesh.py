@@ -22,6 +22,9 @@ DATA, EXPERT, MODEL = "data", "expert", "model"
 AXES = (DATA, EXPERT, MODEL)
 TOKEN_AXES = (DATA, EXPERT)  # Tokens are split over both and replicated over `model`.
 THREADS_PER_HOST_DEVICE = 4  # See `force_host_devices`.
+MOST_HOST_DEVICES = (
+    1024  # Each has threads and a share of every array; 100,000 take hours to start.
+)
 FSDP_MIN_SIZE = 2**18  # Elements of the smallest parameter that is worth gathering.
 
 
@@ -60,12 +63,17 @@ class MeshConfig(Component):
         return f"data={self.data} x expert={self.expert} x model={self.model}"
 
     def validate(self) -> None:
-        """Raises UserError for an axis that has no device."""
+        """Raises UserError for an axis that has no device, or more host devices than a CPU can play."""
         for name in (*AXES, "host_devices"):
             if getattr(self, name) < 1:
                 raise UserError(
                     f"mesh.{name} is {getattr(self, name)}; it must be at least 1 device."
                 )
+        if self.host_devices > MOST_HOST_DEVICES:
+            raise UserError(
+                f"mesh.host_devices is {self.host_devices}; a CPU can pretend to have at most "
+                f"{MOST_HOST_DEVICES} devices."
+            )
 
 
 def force_host_devices(count: int) -> None:

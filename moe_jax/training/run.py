@@ -16,6 +16,7 @@ from moe_jax.tasks.task import Batch
 from moe_jax.training import experiment
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.experiment import Experiment
+from moe_jax.training.memory import check_state_fits
 from moe_jax.training.state import (
     TrainState,
     abstract_state,
@@ -79,7 +80,12 @@ class Run:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def initial_state(self) -> TrainState:
-        """Step 0."""
+        """Step 0.
+
+        Raises:
+          UserError: it needs more memory than there is.
+        """
+        check_state_fits(abstract_state(self.shapes, self.shardings))
         return initial_state(self.config.model, self.optimizer, self.config.seed, self.shardings)
 
     @functools.cached_property

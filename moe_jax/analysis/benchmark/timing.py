@@ -6,7 +6,7 @@ of two times of one round.
 """
 
 import dataclasses
-import os
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_jax.analysis.benchmark.cases import Pass
 from moe_jax.analysis.benchmark.variants import Layer
+from moe_jax.parallel.memory import memory_of
 
 
 class TooExpensive(Exception):  # noqa: N818 - a finding about a program, not an error.
@@ -37,10 +38,8 @@ class Limits:
     @classmethod
     def of_this_machine(cls, flops: float) -> "Limits":
         """Half of the memory of the device, which is the host's on CPU."""
-        statistics = jax.devices()[0].memory_stats()
-        if statistics and "bytes_limit" in statistics:
-            return cls(statistics["bytes_limit"] / 2, flops)
-        return cls(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2, flops)
+        memory = memory_of(jax.devices()[0])
+        return cls(math.inf if memory is None else memory / 2, flops)
 
     def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Compiles.
