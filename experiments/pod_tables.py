@@ -63,6 +63,9 @@ reaches that; the ratio says how far it was.
 
 def main() -> None:
     """Compiles what is missing if asked to, and writes the page."""
+    unknown = sorted(set(_ONLY.value) - set(budgets.GIANTS))
+    if unknown:
+        raise UserError(f"only is {', '.join(unknown)}; name some of {', '.join(budgets.GIANTS)}.")
     if _COMPILE.value:
         _compile(_ONLY.value or list(budgets.GIANTS))
     reports = newest_reports()

@@ -8,6 +8,7 @@ import pathlib
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from moe_jax import component
-from moe_jax.errors import UserError, user_error_behind
+from moe_jax.errors import UserError, user_error_behind, where_it_failed
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.loop import Interrupted
 
@@ -174,10 +175,10 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
     except flags.Error as error:
         said = user_error_behind(error) or _sentence(str(error))
         raise UserError(str(said)) from error
-    except (KeyError, AttributeError) as error:
-        raise UserError(_unknown_field(argv)) from error
     except OSError as error:
         raise UserError(f"--config: {error}; name a Python file with get_config().") from error
+    except Exception as error:  # Whatever the user's own file raises.
+        raise UserError(_wrong_config(argv, error)) from error
 
 
 def _sentence(message: str) -> str:
@@ -186,11 +187,29 @@ def _sentence(message: str) -> str:
     return re.sub(r"\. Did you mean: (.*?) \?", r"; did you mean \1", message) + "."
 
 
+def _wrong_config(argv: Sequence[str], error: Exception) -> str:
+    """What is wrong with the file of --config, or with a --config override."""
+    name = _config_files(argv)[-1]
+    file = pathlib.Path(name.partition(":")[0])
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError) or any(frame.filename == str(file) for frame in frames):
+        return f"--config={name} cannot be read ({where_it_failed(error, file)})."
+    if isinstance(error, AttributeError) and "get_config" in str(error):
+        return f"--config={name} has no get_config(); define one that returns an Experiment."
+    if isinstance(error, (KeyError, AttributeError)):
+        return _unknown_field(argv)
+    raise error
+
+
+def _config_files(argv: Sequence[str]) -> list[str]:
+    words = " ".join(argv).replace("--config ", "--config=").split()
+    return [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+
+
 def _unknown_field(argv: Sequence[str]) -> str:
     """Finds the first --config override that names no field, and what was probably meant."""
-    words = " ".join(argv).replace("--config ", "--config=").split()
-    files = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    config: Any = config_flags.config_flags._ConfigFileParser("config").parse(files[-1])
+    parser = config_flags.config_flags._ConfigFileParser("config")
+    config: Any = parser.parse(_config_files(argv)[-1])
     for argument in argv:
         if not argument.startswith("--config."):
             continue

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, where_it_failed
 from moe_jax.renamed import RENAMED
 
 _LOG = logging.getLogger(__name__)
@@ -319,8 +319,11 @@ def import_named(name: str) -> ModuleType:
             f"--import={name}: there is no module {error.name}; name an installed module, or a "
             "file such as my_router.py."
         ) from error
-    except (ImportError, SyntaxError) as error:
-        raise UserError(f"--import={name} cannot be imported ({error}).") from error
+    except UserError:
+        raise
+    except Exception as error:  # Whatever the user's own code raises.
+        told = where_it_failed(error, pathlib.Path(name).expanduser().resolve())
+        raise UserError(f"--import={name} cannot be imported ({told}).") from error
 
 
 def import_again(modules: dict[str, dict[str, Any]]) -> None:

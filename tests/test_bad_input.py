@@ -21,7 +21,7 @@ from moe_jax.training import experiment, loop
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIG = str(ROOT / "tests" / "bad_input_config.py")
+CONFIG = str(ROOT / "tests/bad_input/config.py")
 
 
 def parse(*arguments: str):
@@ -73,7 +73,7 @@ def test_command_line(arguments, words):
     ("field", "value", "words"),
     [
         ("steps", 0, ["steps is 0", "at least 1"]),
-        ("seed", -1, ["seed is -1", "at least 0"]),
+        ("seed", -1, ["seed is -1", "in [0, 4294967296)"]),
         ("steps", "many", ["config.steps is 'many'", "int"]),
         ("model.num_experts", 6, ["model.num_experts is 6", "4 devices", "expert"]),
         ("model.moe.router.k", 9, ["router.k is 9", "8 experts", "between 1 and"]),

@@ -25,6 +25,7 @@ from moe_jax.training.trained import Trained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _SPLIT = flags.DEFINE_string("split", None, "Held-out split or slice; default: the config's.")
+flags.register_validator("split", lambda name: name != "", "name a split, such as validation")
 _BATCHES = flags.DEFINE_integer("batches", None, "Batches; default: the config's.", lower_bound=1)
 _MESH = flags.DEFINE_string("mesh", "", "Such as data:2,expert:4; default: the run's.")
 _ROUTING = flags.DEFINE_bool("routing", False, "Also write statistics of the routing.")

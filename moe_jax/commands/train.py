@@ -30,6 +30,7 @@ from moe_jax.training.rows import pods_of
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+flags.register_validator("workdir", lambda folder: folder != "", "name a folder")
 _STEPS = flags.DEFINE_integer("steps", None, "Total number of steps; default: the config's.")
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps",

@@ -160,7 +160,9 @@ def _find_builder(name_or_dir: str, data_dir: str) -> "tfds.core.DatasetBuilder"
         return known[name_or_dir](data_dir=os.fspath(root), file_format="array_record")
     try:
         return tfds.builder(name_or_dir, data_dir=os.fspath(root))
-    except (tfds.core.DatasetNotFoundError, ImportError) as error:
+    except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"dataset={name_or_dir!r} is not prepared in {str(root)!r} and is no name that "
             "TensorFlow Datasets resolves without TensorFlow; use the directory of a dataset "

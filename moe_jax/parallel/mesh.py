@@ -9,6 +9,7 @@ Axes
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 
 import jax
@@ -198,10 +199,12 @@ def parse_mesh(text: str, config: MeshConfig) -> MeshConfig:
     """
     if not text:
         return config
-    axes = dict.fromkeys(AXES, 1)
+    axes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition(":")
-        if name not in axes or not size.isdigit():
-            raise UserError(f"--mesh is {text!r}; write it as data:2,expert:4,model:1.")
+        if name not in AXES or name in axes or not re.fullmatch("[0-9]{1,9}", size):
+            raise UserError(
+                f"--mesh is {text!r}; write it as data:2,expert:4,model:1, each axis at most once."
+            )
         axes[name] = int(size)
-    return dataclasses.replace(config, **axes)
+    return dataclasses.replace(config, **(dict.fromkeys(AXES, 1) | axes))

@@ -55,7 +55,7 @@ class Experiment(Component):
       model, task, data, optimizer, mesh, logging, checkpoint, evaluation: the components.
     """
 
-    seed: int = field(0, at_least=0)
+    seed: int = field(0, at_least=0, below=2**32)
     steps: int = field(1000, at_least=1)
     microbatches: int = field(1, at_least=1)
     skip_nonfinite: bool = False
@@ -157,10 +157,14 @@ def read_record(workdir: epath.PathLike) -> dict[str, Any]:
 def load(workdir: epath.PathLike) -> Experiment:
     """Rebuilds the config of the run in `workdir`."""
     record = read_record(workdir)
-    config = configuration.decode(record.get("config"), record.get("imports"))
+    path = epath.Path(workdir) / CONFIG_FILE
+    try:
+        config = configuration.decode(record.get("config"), record.get("imports"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     if not isinstance(config, Experiment):
         raise UserError(
-            f"{epath.Path(workdir) / CONFIG_FILE} holds no run's config, but {type(config).__name__}; "
+            f"{path} holds no run's config, but {type(config).__name__}; "
             "restore it or name the folder of a run."
         )
     return config

@@ -118,7 +118,7 @@ class AdamW(Optimizer):
     clip_norm: float = 1.0
     b1: float = field(0.9, at_least=0, below=1)
     b2: float = field(0.95, at_least=0, below=1)
-    epsilon: float = field(1e-8, at_least=0)
+    epsilon: float = field(1e-8, above=0)
 
     def scaling(self, axes: Any) -> optax.GradientTransformation:
         """See `Optimizer`."""

@@ -54,7 +54,8 @@ def idx_array(content: bytes) -> np.ndarray:
     return values.reshape(shape)
 
 
-class FashionMnist(LabelledImagesBuilder):
+# TFDS has a dataset of this name, too; registered twice, all of its image datasets were lost.
+class FashionMnist(LabelledImagesBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Fashion-MNIST: 55,000 images to train on, 5,000 for validation, the authors' 10,000 for test.
 
     The validation images are those of the authors' training images whose pixels come first by

@@ -1,4 +1,4 @@
-"""A config for tests/test_bad_input.py, whose messages quote its numbers."""
+"""A config for the tests of bad input, whose messages quote its numbers."""
 
 from moe_jax.data.pipelines import TextData
 from moe_jax.layers.moe import MoEConfig
