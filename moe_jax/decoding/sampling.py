@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
-from moe_jax.models.decoder_lm import DecoderLM
+from moe_jax.models.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def draw(
 
 
 def generate(
-    model: DecoderLM,
+    model: LanguageModel,
     tokens: jax.Array,
     mask: jax.Array,
     key: jax.Array,

@@ -21,8 +21,8 @@ from moe_jax.decoding.beam_search import Beams, beam_search
 from moe_jax.decoding.sampling import Sampling, draw
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
-from moe_jax.models.decoder_lm import Cache
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from moe_jax.models.language_model import Cache
 from moe_jax.parallel.mesh import TOKEN_AXES
 from moe_jax.parallel.sharding import axis_size
 
@@ -138,7 +138,7 @@ def _repeated(cache: Cache, width: int) -> Cache:
     """Each row W times in a row."""
     return Cache(
         # The first axis of the blocks' arrays is over repetitions of a period.
-        jax.tree.map(lambda a: jnp.repeat(a, width, axis=1), cache.stack),
+        jax.tree.map(lambda a: jnp.repeat(a, width, axis=1), cache.trunk),
         jnp.repeat(cache.filled, width, axis=0),
         cache.start,
     )
@@ -157,7 +157,7 @@ def _of_parents(cache: Cache, parent: jax.Array) -> Cache:
 
     stack = [
         [dataclasses.replace(block, attention=attention(block.attention)) for block in stage]
-        for stage in cache.stack
+        for stage in cache.trunk
     ]
     return Cache(stack, rows(cache.filled), cache.start)
 

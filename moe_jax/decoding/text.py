@@ -31,7 +31,7 @@ def continue_texts(
     """Continues all prompts in one batch, each until its text ends.
 
     Args:
-      model: on `mesh`, called as DecoderLM is.
+      model: on `mesh`, called as LanguageModel is.
       mesh: its token shards split the batch, which is filled up with copies to divide evenly.
       tokenizer: of the text that the model was trained on.
       prompts: each is the beginning of a text; an empty one starts a text.

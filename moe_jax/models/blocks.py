@@ -57,6 +57,10 @@ class Pass:
             return self
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, place))
 
+    def dropout(self, x: jax.Array, rate: float, place: int) -> jax.Array:
+        """Dropout of x [B, L, d] with the key of a place."""
+        return dropout(x, rate, self.fold(place).key)
+
     def keys(self, count: int) -> Sequence[jax.Array | None]:
         """So many keys; None each where nothing is random."""
         return [None] * count if self.key is None else list(jax.random.split(self.key, count))
@@ -245,7 +249,7 @@ class Block(nnx.Module):
             if memory is None:
                 memory = attention.keys_and_values(this_pass.memory)
             y = attention(x, memory, this_pass.memory_mask)
-            return Out(dropout(y, rate, this_pass.fold(4).key))
+            return Out(this_pass.dropout(y, rate, 4))
 
         def feed(x: jax.Array) -> Out:
             if isinstance(self.mlp, MoE):

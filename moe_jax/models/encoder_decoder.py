@@ -12,17 +12,13 @@ from flax import nnx
 from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import MultiHead, Positions
-from moe_jax.layers.dropout import dropout
 from moe_jax.layers.embedding import EmbeddingScaling, TokenEmbedding, check_tied
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEReport
 from moe_jax.layers.normalization import make_norm
-from moe_jax.models.blocks import Pass
-from moe_jax.models.decoder_lm import Cache
 from moe_jax.models.interface import ModelConfig
-from moe_jax.models.sequences import check_no_leak, token_info
+from moe_jax.models.language_model import Cache, cache_after, check_no_leak, embed, start_pass
 from moe_jax.models.stack import Stack, StackConfig
-from moe_jax.parallel.sharding import constrain
 
 
 def _stack() -> StackConfig:
@@ -89,10 +85,9 @@ class EncoderDecoderConfig(ModelConfig):
                     "decoder reads the encoder's output; make them equal."
                 )
         check_tied(self.embedding_scaling, self.tied)
-        if self.decoder.sparse and not self.accept_leak:
+        if not self.accept_leak:
             remedies = f", or accept it with {path}.accept_leak=true"
-            for moe in self.decoder.moe_settings:
-                check_no_leak(moe.router, f"{path}.decoder.moe.router", remedies)
+            check_no_leak(self.decoder.moe_settings, f"{path}.decoder.moe.router", remedies)
 
     def build(self, key: jax.Array) -> "EncoderDecoder":
         """Creates the model with freshly drawn parameters."""
@@ -179,11 +174,10 @@ class EncoderDecoder(nnx.Module):
     ) -> tuple[jax.Array, list[MoEReport]]:
         """What the decoder reads: [B, M, d], and reports; arguments as of `__call__`."""
         rate = self.config.encoder.dropout
-        embed_key, stack_key, out_key = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x = self._embedded(self.inputs, inputs, rate, embed_key)
-        info = token_info(inputs, jnp.ones(inputs.shape, bool) if mask is None else mask)
-        x, reports, _ = self.encoder(x, Pass(info, mode, stack_key, mask))
-        return dropout(self.encoder_norm(x), rate, out_key), reports
+        this_pass = start_pass(inputs, mask, mode, key)
+        x = embed(self.inputs, this_pass, jnp.dtype(self.config.encoder.dtype), rate)
+        x, reports, _ = self.encoder(x, this_pass.fold(1))
+        return this_pass.dropout(self.encoder_norm(x), rate, 2), reports
 
     @jax.named_scope("decoder")
     def decode(
@@ -211,23 +205,13 @@ class EncoderDecoder(nnx.Module):
           logits [B, L, V] float32, reports, and the cache after this call (None if there was none).
         """
         rate = self.config.decoder.dropout
-        embed_key, stack_key, out_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         table = self.inputs if self.targets is None else self.targets
-        x = self._embedded(table, targets, rate, embed_key)
-        real = jnp.ones(targets.shape, bool) if mask is None else mask
-        info = token_info(targets, real, None if cache is None else cache.lengths)
-        view = None if cache is None else cache.view(real)
-        this_pass = Pass(info, mode, stack_key, mask, view, memory, memory_mask)
-        x, reports, layers = self.decoder(x, this_pass, None if cache is None else cache.stack)
-        if cache is not None and view is not None and layers is not None:
-            cache = cache.after(layers, view, targets.shape[1])
-        return table.logits(dropout(self.decoder_norm(x), rate, out_key)), reports, cache
-
-    def _embedded(
-        self, table: TokenEmbedding, tokens: jax.Array, rate: float, key: jax.Array | None
-    ) -> jax.Array:
-        x = table(tokens, jnp.dtype(self.config.encoder.dtype))
-        return dropout(constrain(x, "batch", "length", "width"), rate, key)
+        this_pass = start_pass(targets, mask, mode, key, cache, memory, memory_mask)
+        x = embed(table, this_pass, jnp.dtype(self.config.decoder.dtype), rate)
+        layers = None if cache is None else cache.trunk
+        x, reports, layers = self.decoder(x, this_pass.fold(1), layers)
+        logits = table.logits(this_pass.dropout(self.decoder_norm(x), rate, 2))
+        return logits, reports, cache_after(this_pass, layers)
 
     def empty_cache(self, memory: jax.Array, length: int) -> Cache:
         """A cache for up to `length` targets of each row of the memory [B, M, d].
@@ -235,4 +219,4 @@ class EncoderDecoder(nnx.Module):
         It has the memory's keys and values of every block, so that decoding computes them once.
         """
         batch = memory.shape[0]
-        return Cache.of(self.decoder.empty_cache(batch, length, memory), batch, length)
+        return Cache.empty(self.decoder.empty_cache(batch, length, memory), batch, length)

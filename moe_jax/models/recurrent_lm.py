@@ -20,47 +20,39 @@ from moe_jax.layers.embedding import EmbeddingScaling, TokenEmbedding
 from moe_jax.layers.initializers import scaled_truncated_normal
 from moe_jax.layers.lstm import LSTM, LSTMState
 from moe_jax.layers.mode import Mode
-from moe_jax.layers.moe import MoE, MoEConfig, MoEReport, RouterState, TokenInfo
+from moe_jax.layers.moe import MoE, MoEConfig, MoEReport, RouterState
+from moe_jax.models.blocks import Pass
 from moe_jax.models.interface import ModelConfig
-from moe_jax.models.sequences import check_length, check_no_leak, token_info
+from moe_jax.models.language_model import LanguageModel, check_no_leak
 from moe_jax.models.stack import ComputeDtype
 from moe_jax.parallel.sharding import constrain
 from moe_jax.routing.noisy_top_k import NoisyTopK
 
 
 @dataclasses.dataclass
-class RecurrentLMConfig(ModelConfig):
-    """LSTM layers with a MoE, or a dense network in its place, between the first and the second.
+class RecurrentConfig(ModelConfig):
+    """What the models of LSTMs have in common: their layers, and a kind of MoE between two of them.
 
     Attributes:
       vocab_size: V, at least the tokenizer's.
-      max_length: longest sequence the model is meant for, in training and decoding.
-      num_lstms: number of LSTM layers.
-      width: d, of the embedding and of the inputs and outputs of all layers.
+      width: d, of embeddings and of the inputs and outputs of all layers.
       units: of each LSTM; where they are not `width`, its output is projected to `width`.
-      num_experts: E; 0 for no MoE.
+      num_experts: E of each MoE; 0 for no MoE.
       mlp_width: f of each expert.
       moe: how tokens are routed.
-      hidden_widths: of the hidden layers of a dense ReLU network in the place of the MoE (MoE-1-Wide:
-        4096; MoE-1-Deep: four of 1024); empty for none.
-      tied: the output layer is the embedding table.
-      dropout: rate on the outputs of the embedding and of every layer.
+      dropout: rate on the outputs of embeddings and of every layer.
       init_scale: s of the truncated normal with variance s / fan_in.
       dtype: compute dtype; cells stay float32.
-      remat_moe: recompute what is inside the MoE in the backward pass (appendix D).
+      remat_moe: recompute what is inside a MoE in the backward pass (appendix D).
       unroll: unroll the loops over time (longer compilation; exact FLOP counts by XLA).
     """
 
     vocab_size: int = field(264, at_least=1)
-    max_length: int = field(256, at_least=1)
-    num_lstms: int = field(2, at_least=1)
     width: int = field(128, at_least=1)
     units: int = field(128, at_least=1)
     num_experts: int = field(8, at_least=0)
     mlp_width: int = field(256, at_least=1)
     moe: MoEConfig = dataclasses.field(default_factory=lambda: MoEConfig(router=NoisyTopK()))
-    hidden_widths: tuple[int, ...] = ()
-    tied: bool = False
     dropout: float = field(0.0, at_least=0, below=1)
     init_scale: float = field(1.0, above=0)
     dtype: ComputeDtype = ComputeDtype.FLOAT32
@@ -73,11 +65,6 @@ class RecurrentLMConfig(ModelConfig):
         return self.num_experts > 0
 
     @property
-    def moe_layers(self) -> list[int]:
-        """The MoE is layer 1, after the LSTM that is layer 0."""
-        return [1] if self.sparse else []
-
-    @property
     def moe_settings(self) -> list[MoEConfig]:
         """The settings that some MoE has, each once."""
         return [self.moe] if self.sparse else []
@@ -85,7 +72,7 @@ class RecurrentLMConfig(ModelConfig):
     @property
     def experts_of_layers(self) -> list[int]:
         """Number of experts of each MoE layer."""
-        return [self.num_experts] if self.sparse else []
+        return [self.num_experts] * len(self.moe_layers)
 
     def split_dimensions(self) -> list[tuple[str, int, str]]:
         """See `ModelConfig`."""
@@ -93,15 +80,48 @@ class RecurrentLMConfig(ModelConfig):
             ("model.mlp_width", self.mlp_width, "model"),
             ("model.num_experts", self.num_experts, "expert"),
         ]
-        return [
-            ("model.vocab_size", self.vocab_size, "model"),
-            *(of_moe if self.sparse else []),
-            *(("model.hidden_widths", width, "model") for width in self.hidden_widths),
-        ]
+        return [("model.vocab_size", self.vocab_size, "model"), *(of_moe if self.sparse else [])]
 
     def validate(self) -> None:
         """Raises UserError for a model that could not be built."""
         self.check_ranges("model")
+        for moe in self.moe_settings:
+            moe.validate(self.num_experts)
+        check_no_leak(self.moe_settings, "model.moe.router")
+
+
+@dataclasses.dataclass
+class RecurrentLMConfig(RecurrentConfig):
+    """LSTM layers with a MoE, or a dense network in its place, between the first and the second.
+
+    Attributes:
+      max_length: longest sequence the model is meant for, in training and decoding.
+      num_lstms: number of LSTM layers.
+      hidden_widths: of the hidden layers of a dense ReLU network in the place of the MoE (MoE-1-Wide:
+        4096; MoE-1-Deep: four of 1024); empty for none.
+      tied: the output layer is the embedding table.
+
+    The other attributes are `RecurrentConfig`'s.
+    """
+
+    max_length: int = field(256, at_least=1)
+    num_lstms: int = field(2, at_least=1)
+    hidden_widths: tuple[int, ...] = ()
+    tied: bool = False
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """The MoE is layer 1, after the LSTM that is layer 0."""
+        return [1] if self.sparse else []
+
+    def split_dimensions(self) -> list[tuple[str, int, str]]:
+        """See `ModelConfig`."""
+        of_dense = [("model.hidden_widths", width, "model") for width in self.hidden_widths]
+        return [*super().split_dimensions(), *of_dense]
+
+    def validate(self) -> None:
+        """Raises UserError for a model that could not be built."""
+        super().validate()
         if min(self.hidden_widths, default=1) < 1:
             raise UserError(
                 f"model.hidden_widths is {self.hidden_widths}; every width must be at least 1."
@@ -111,9 +131,6 @@ class RecurrentLMConfig(ModelConfig):
                 f"model.hidden_widths is {self.hidden_widths}, a network in the place of the MoE, but "
                 f"model.num_experts is {self.num_experts}; set it to 0, or leave hidden_widths empty."
             )
-        if self.sparse:
-            self.moe.validate(self.num_experts)
-            check_no_leak(self.moe.router, "model.moe.router")
 
     def build(self, key: jax.Array) -> "RecurrentLM":
         """Creates the model with freshly drawn parameters."""
@@ -156,35 +173,30 @@ class SigmoidMoE(nnx.Module):
       moe: the MoE.
     """
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        width: int,
-        mlp_width: int,
-        num_experts: int,
-        dropout_rate: float,
-        scale: float,
-        remat: bool,
-        key: jax.Array,
-    ) -> None:
-        self.moe = MoE(config, width, mlp_width, num_experts, scale, key)
-        self.dropout_rate, self.remat = dropout_rate, remat
+    def __init__(self, config: RecurrentConfig, key: jax.Array) -> None:
+        self.moe = MoE(
+            config.moe,
+            config.width,
+            config.mlp_width,
+            config.num_experts,
+            config.init_scale,
+            key,
+        )
+        self.dropout_rate, self.remat = config.dropout, config.remat_moe
 
     @jax.named_scope("moe")
-    def __call__(
-        self, x: jax.Array, info: TokenInfo, mode: Mode, key: jax.Array | None
-    ) -> tuple[jax.Array, MoEReport]:
+    def __call__(self, x: jax.Array, this_pass: Pass) -> tuple[jax.Array, MoEReport]:
         """[B, L, d] to [B, L, d], and the report with a leading axis of one layer."""
-        moe_key, out_key = (None,) * 2 if key is None else jax.random.split(key)
+        moe_key, out_key = this_pass.keys(2)
         definition, values = nnx.split(self.moe)
 
         def run(values: nnx.State, x: jax.Array) -> tuple[jax.Array, MoEReport, nnx.State]:
             module = nnx.merge(definition, values)
-            y, report = module(x, info, mode, moe_key)
+            y, report = module(x, this_pass.info, this_pass.mode, moe_key)
             return y, report, nnx.state(module, RouterState)
 
         y, report, states = (jax.checkpoint(run) if self.remat else run)(values, x)
-        if mode == Mode.TRAIN:
+        if this_pass.mode == Mode.TRAIN:
             nnx.update(self.moe, states)
         x = x + dropout(jax.nn.sigmoid(y), self.dropout_rate, out_key)
         return (
@@ -193,120 +205,50 @@ class SigmoidMoE(nnx.Module):
         )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RecurrentCache:
-    """What decoding remembers; every array has a leading axis B.
+class RecurrentLM(LanguageModel):
+    """The language model whose trunk is LSTMs.
 
     Attributes:
-      states: of each LSTM layer.
-      lengths: [B] int32, real tokens so far.
-    """
-
-    states: list[LSTMState]
-    lengths: jax.Array
-
-
-class RecurrentLM(nnx.Module):
-    """The language model.
-
-    Attributes:
-      tokens: embedding and output layer.
       lstms: the LSTM layers.
       sigmoid_moe, dense: what stands after the first of them; None where the config has none.
     """
 
     def __init__(self, config: RecurrentLMConfig, key: jax.Array) -> None:
         token_key, lstm_key, between_key = jax.random.split(key, 3)
-        self.config = nnx.static(config)
         width, scale = config.width, config.init_scale
-        self.tokens = TokenEmbedding(
-            config.vocab_size,
-            width,
-            1.0,
-            token_key,
-            tied=config.tied,
-            scaling=EmbeddingScaling.INPUTS if config.tied else EmbeddingScaling.NONE,
+        scaling = EmbeddingScaling.INPUTS if config.tied else EmbeddingScaling.NONE
+        tokens = TokenEmbedding(
+            config.vocab_size, width, 1.0, token_key, tied=config.tied, scaling=scaling
         )
+        super().__init__(config, tokens)
         self.lstms = nnx.List(
             LSTM(width, config.units, width, scale, config.unroll, k)
             for k in jax.random.split(lstm_key, config.num_lstms)
         )
-        self.sigmoid_moe = (
-            None
-            if not config.sparse
-            else SigmoidMoE(
-                config.moe,
-                width,
-                config.mlp_width,
-                config.num_experts,
-                config.dropout,
-                scale,
-                config.remat_moe,
-                between_key,
-            )
-        )
+        self.sigmoid_moe = SigmoidMoE(config, between_key) if config.sparse else None
         self.dense = (
-            None
-            if not config.hidden_widths
-            else ReLUNetwork(width, config.hidden_widths, scale, between_key)
+            ReLUNetwork(width, config.hidden_widths, scale, between_key)
+            if config.hidden_widths
+            else None
         )
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        mask: jax.Array | None,
-        mode: Mode,
-        key: jax.Array | None = None,
-        cache: RecurrentCache | None = None,
-    ) -> tuple[jax.Array, list[MoEReport], RecurrentCache | None]:
-        """Predicts the next token everywhere.
-
-        Args:
-          tokens: [B, L] int32.
-          mask: [B, L] bool, False for padding, which may be on either side; None for none.
-          mode: what the pass is for.
-          key: PRNG key of this step; None where nothing is random.
-          cache: of earlier calls; the tokens continue where it stands.
-
-        Returns:
-          logits [B, L, V] float32; the MoE's report with a leading axis of one layer (none for a
-          dense model); the cache after this call (None if there was none).
-
-        Raises:
-          UserError: the sequence is longer than `max_length`.
-        """
-        config: RecurrentLMConfig = self.config
-        check_length(tokens.shape[1], config.max_length)
-        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        info = token_info(tokens, mask, None if cache is None else cache.lengths)
-
-        def key_of(layer: int) -> jax.Array | None:
-            return None if key is None else jax.random.fold_in(key, layer)
-
-        x = self.tokens(tokens, jnp.dtype(config.dtype))
-        x = dropout(constrain(x, "batch", "length", "width"), config.dropout, key_of(0))
+    def trunk(
+        self, x: jax.Array, this_pass: Pass, cache: list[LSTMState] | None
+    ) -> tuple[jax.Array, list[MoEReport], list[LSTMState]]:
+        """See `LanguageModel`."""
+        rate = self.config.dropout
         reports, states = [], []
         for i, lstm in enumerate(self.lstms):
-            y, state = lstm(x, mask, None if cache is None else cache.states[i])
-            x = x + dropout(y, config.dropout, key_of(2 + i))
+            y, state = lstm(x, this_pass.info.mask, None if cache is None else cache[i])
+            x = x + this_pass.dropout(y, rate, 2 + i)
             states.append(state)
             if i == 0 and self.sigmoid_moe is not None:
-                x, report = self.sigmoid_moe(x, info, mode, key_of(1))
+                x, report = self.sigmoid_moe(x, this_pass.fold(1))
                 reports.append(report)
             if i == 0 and self.dense is not None:
-                x = x + dropout(jax.nn.sigmoid(self.dense(x)), config.dropout, key_of(1))
-        if cache is not None:
-            cache = RecurrentCache(states, cache.lengths + mask.sum(axis=1, dtype=jnp.int32))
-        return self.tokens.logits(x), reports, cache
+                x = x + this_pass.dropout(jax.nn.sigmoid(self.dense(x)), rate, 1)
+        return x, reports, states
 
-    def empty_cache(self, batch: int, length: int) -> RecurrentCache:
-        """A cache for `batch` sequences of up to `length` tokens, padding included.
-
-        Raises:
-          UserError: `length` is above `max_length`.
-        """
-        config: RecurrentLMConfig = self.config
-        check_length(length, config.max_length)
-        states = [lstm.empty_state(batch, jnp.dtype(config.dtype)) for lstm in self.lstms]
-        return RecurrentCache(states, jnp.zeros((batch,), jnp.int32))
+    def empty_trunk_cache(self, batch: int, length: int) -> list[LSTMState]:
+        """See `LanguageModel`; the states are as large for any length."""
+        return [lstm.empty_state(batch, jnp.dtype(self.config.dtype)) for lstm in self.lstms]

@@ -15,16 +15,13 @@ from flax import nnx
 
 from moe_jax.component import field
 from moe_jax.errors import UserError
-from moe_jax.layers.dropout import dropout
 from moe_jax.layers.embedding import EmbeddingScaling, TokenEmbedding
 from moe_jax.layers.initializers import scaled_truncated_normal
 from moe_jax.layers.lstm import LSTM, LSTMState
 from moe_jax.layers.mode import Mode
 from moe_jax.layers.moe import MoEConfig, MoEReport
-from moe_jax.models.interface import ModelConfig
-from moe_jax.models.recurrent_lm import SigmoidMoE
-from moe_jax.models.sequences import check_no_leak, token_info
-from moe_jax.models.stack import ComputeDtype
+from moe_jax.models.language_model import Cache, cache_after, embed, start_pass
+from moe_jax.models.recurrent_lm import RecurrentConfig, SigmoidMoE
 from moe_jax.parallel.sharding import constrain
 from moe_jax.routing.noisy_top_k import NoisyTopK
 
@@ -34,41 +31,17 @@ def _moe() -> MoEConfig:
 
 
 @dataclasses.dataclass
-class RecurrentTranslatorConfig(ModelConfig):
-    """A recurrent encoder and decoder, with equal MoEs in both.
+class RecurrentTranslatorConfig(RecurrentConfig):
+    """A recurrent encoder and decoder, with equal MoEs in both; source and target have own tables.
 
     Attributes:
-      vocab_size: V of source and target, which have tables of their own.
-      width: d, of the embeddings and of the inputs and outputs of all layers.
-      units: of each LSTM; where they are not `width`, its output is projected to `width`.
       attention_width: n of the attention function.
-      num_experts: E of each MoE; 0 for no MoE.
-      mlp_width: f of each expert.
-      moe: how tokens are routed.
-      dropout: rate on the outputs of the embeddings and of every layer.
-      init_scale: s of the truncated normal with variance s / fan_in.
-      dtype: compute dtype; cells stay float32.
-      remat_moe: recompute what is inside the MoEs in the backward pass.
-      unroll: unroll the loops over time (longer compilation; exact FLOP counts by XLA).
+
+    The other attributes are `RecurrentConfig`'s.
     """
 
-    vocab_size: int = field(264, at_least=1)
-    width: int = field(128, at_least=1)
-    units: int = field(128, at_least=1)
     attention_width: int = field(128, at_least=1)
-    num_experts: int = field(8, at_least=0)
-    mlp_width: int = field(256, at_least=1)
     moe: MoEConfig = dataclasses.field(default_factory=_moe)
-    dropout: float = field(0.0, at_least=0, below=1)
-    init_scale: float = field(1.0, above=0)
-    dtype: ComputeDtype = ComputeDtype.FLOAT32
-    remat_moe: bool = False
-    unroll: bool = False
-
-    @property
-    def sparse(self) -> bool:
-        """Whether there are MoEs."""
-        return self.num_experts > 0
 
     @property
     def output_vocab_size(self) -> int:
@@ -79,34 +52,6 @@ class RecurrentTranslatorConfig(ModelConfig):
     def moe_layers(self) -> list[str]:
         """The MoE is layer 1 of the encoder and of the decoder."""
         return ["encoder/1", "decoder/1"] if self.sparse else []
-
-    @property
-    def moe_settings(self) -> list[MoEConfig]:
-        """The settings that some MoE has, each once."""
-        return [self.moe] if self.sparse else []
-
-    @property
-    def experts_of_layers(self) -> list[int]:
-        """Number of experts of each MoE layer."""
-        return [self.num_experts] * len(self.moe_layers)
-
-    def split_dimensions(self) -> list[tuple[str, int, str]]:
-        """See `ModelConfig`."""
-        of_moe = [
-            ("model.mlp_width", self.mlp_width, "model"),
-            ("model.num_experts", self.num_experts, "expert"),
-        ]
-        return [
-            ("model.vocab_size", self.vocab_size, "model"),
-            *(of_moe if self.sparse else []),
-        ]
-
-    def validate(self) -> None:
-        """Raises UserError for a model that could not be built."""
-        self.check_ranges("model")
-        if self.sparse:
-            self.moe.validate(self.num_experts)
-            check_no_leak(self.moe.router, "model.moe.router")
 
     def build(self, key: jax.Array) -> "RecurrentTranslator":
         """Creates the model with freshly drawn parameters."""
@@ -218,20 +163,8 @@ class AttentiveLSTM(nnx.Module):
         return constrain(y.swapaxes(0, 1), "batch", "length", "width"), end
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TranslatorCache:
-    """What decoding remembers; every array has a leading axis B.
-
-    Attributes:
-      memory: what attention reads.
-      states: of the decoder's LSTMs.
-      lengths: [B] int32, real tokens so far.
-    """
-
-    memory: Memory
-    states: list[LSTMState]
-    lengths: jax.Array
+# What the decoder remembers: what its attention reads, and the states of its LSTMs.
+DecoderCache = tuple[Memory, list[LSTMState]]
 
 
 class RecurrentTranslator(nnx.Module):
@@ -261,18 +194,7 @@ class RecurrentTranslator(nnx.Module):
             return LSTM(width, config.units, width, scale, config.unroll, key)
 
         def moe(key: jax.Array) -> SigmoidMoE | None:
-            if not config.sparse:
-                return None
-            return SigmoidMoE(
-                config.moe,
-                width,
-                config.mlp_width,
-                config.num_experts,
-                config.dropout,
-                scale,
-                config.remat_moe,
-                key,
-            )
+            return SigmoidMoE(config, key) if config.sparse else None
 
         self.source, self.target = table(keys[0], tied=True), table(keys[1], tied=False)
         self.forward, self.backward, self.encoder = lstm(keys[2]), lstm(keys[3]), lstm(keys[4])
@@ -329,19 +251,18 @@ class RecurrentTranslator(nnx.Module):
           [B, M, d], and the report of the MoE.
         """
         config: RecurrentTranslatorConfig = self.config
-        mask = jnp.ones(inputs.shape, bool) if mask is None else mask
-        keys = _keys(key)
-        x = self.source(inputs, jnp.dtype(config.dtype))
-        x = dropout(constrain(x, "batch", "length", "width"), config.dropout, keys[0])
+        this_pass = start_pass(inputs, mask, mode, key)
+        mask, rate = this_pass.info.mask, config.dropout
+        x = embed(self.source, this_pass, jnp.dtype(config.dtype), rate)
         there, _ = self.forward(x, mask)
         back, _ = self.backward(x, mask, reverse=True)
-        x = x + dropout(there, config.dropout, keys[1]) + dropout(back, config.dropout, keys[2])
+        x = x + this_pass.dropout(there, rate, 1) + this_pass.dropout(back, rate, 2)
         reports = []
         if self.encoder_moe is not None:
-            x, report = self.encoder_moe(x, token_info(inputs, mask), mode, keys[3])
+            x, report = self.encoder_moe(x, this_pass.fold(3))
             reports.append(report)
         y, _ = self.encoder(x, mask)
-        return x + dropout(y, config.dropout, keys[4]), reports
+        return x + this_pass.dropout(y, rate, 4), reports
 
     @jax.named_scope("decoder")
     def decode(
@@ -352,8 +273,8 @@ class RecurrentTranslator(nnx.Module):
         mask: jax.Array | None,
         mode: Mode,
         key: jax.Array | None = None,
-        cache: TranslatorCache | None = None,
-    ) -> tuple[jax.Array, list[MoEReport], TranslatorCache | None]:
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, list[MoEReport], Cache | None]:
         """Predicts the token after each target.
 
         Args:
@@ -373,42 +294,32 @@ class RecurrentTranslator(nnx.Module):
           UserError: there is neither memory nor cache.
         """
         config: RecurrentTranslatorConfig = self.config
-        mask = jnp.ones(targets.shape, bool) if mask is None else mask
+        first = last = None
         if cache is not None:
-            read = cache.memory
+            read, (first, last) = cache.trunk
         elif memory is not None:
             read = self.attentive.memory(memory)
         else:
             raise UserError("decode has neither memory nor cache; give it what encode returned.")
         if memory_mask is None:
             memory_mask = jnp.ones(read.values.shape[:2], bool)
-        first, last = (None, None) if cache is None else cache.states
-        keys = _keys(key)
-        x = self.target(targets, jnp.dtype(config.dtype))
-        x = dropout(constrain(x, "batch", "length", "width"), config.dropout, keys[0])
+        this_pass = start_pass(targets, mask, mode, key, cache)
+        mask, rate = this_pass.info.mask, config.dropout
+        x = embed(self.target, this_pass, jnp.dtype(config.dtype), rate)
         y, first = self.attentive(x, mask, read, memory_mask, first)
-        x = x + dropout(y, config.dropout, keys[1])
+        x = x + this_pass.dropout(y, rate, 1)
         reports = []
         if self.decoder_moe is not None:
-            lengths = None if cache is None else cache.lengths
-            x, report = self.decoder_moe(x, token_info(targets, mask, lengths), mode, keys[3])
+            x, report = self.decoder_moe(x, this_pass.fold(3))
             reports.append(report)
         y, last = self.decoder(x, mask, last)
-        x = x + dropout(y, config.dropout, keys[4])
-        if cache is not None:
-            lengths = cache.lengths + mask.sum(axis=1, dtype=jnp.int32)
-            cache = TranslatorCache(read, [first, last], lengths)
-        return self.target.logits(x), reports, cache
+        x = x + this_pass.dropout(y, rate, 4)
+        trunk: DecoderCache = (read, [first, last])
+        return self.target.logits(x), reports, cache_after(this_pass, trunk)
 
-    def empty_cache(self, memory: jax.Array, length: int) -> TranslatorCache:
-        """A cache for targets of the inputs behind `memory` [B, M, d]; any `length` fits in."""
+    def empty_cache(self, memory: jax.Array, length: int) -> Cache:
+        """A cache for up to `length` targets of the inputs behind `memory` [B, M, d]."""
         batch, dtype = memory.shape[0], memory.dtype
         states = [lstm.empty_state(batch, dtype) for lstm in (self.attentive.lstm, self.decoder)]
-        return TranslatorCache(
-            self.attentive.memory(memory), states, jnp.zeros((batch,), jnp.int32)
-        )
-
-
-def _keys(key: jax.Array | None) -> list[jax.Array | None]:
-    """One for each place of a half that draws."""
-    return [None] * 5 if key is None else list(jax.random.split(key, 5))
+        trunk: DecoderCache = (self.attentive.memory(memory), states)
+        return Cache.empty(trunk, batch, length)

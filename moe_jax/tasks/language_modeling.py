@@ -23,7 +23,7 @@ from moe_jax.tasks.task import Batch, Metrics, ObservedLayer, Sums, Task, observ
 
 @runtime_checkable
 class TextModelConfig(Protocol):
-    """Config of a model that is called as DecoderLM is: tokens [B, L] to logits [B, L, V].
+    """Config of a model that is called as LanguageModel is: tokens [B, L] to logits [B, L, V].
 
     Attributes:
       vocab_size: V.

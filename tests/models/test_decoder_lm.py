@@ -192,7 +192,7 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32(tokens):
 
     logits, (report,), cache = run(parameters("sparse"), tokens)
     assert logits.dtype == report.losses["router_z"].dtype == jnp.float32
-    assert cache.stack[0][0].attention.keys.dtype == jnp.bfloat16
+    assert cache.trunk[0][0].attention.keys.dtype == jnp.bfloat16
     np.testing.assert_allclose(logits, logits_of("sparse", tokens, Mode.DECODE), atol=0.5)
 
 
