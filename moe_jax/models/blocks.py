@@ -52,7 +52,10 @@ class Pass:
     bias: jax.Array | None = None
 
     def fold(self, place: jax.Array | int) -> "Pass":
-        """The same pass at one of several places, with a key of its own."""
+        """The same pass at one of several places, with a key of its own.
+
+        Of a stack the places are the indices of its blocks, and of a block its sub-layers' roles.
+        """
         if self.key is None:
             return self
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, place))
@@ -141,6 +144,19 @@ class Parallel(BlockForm):
         return sum((out.y for out in outs), start=x), outs
 
 
+class Role(enum.IntEnum):
+    """What a sub-layer is: the place, within a block's key, of the sub-layer's own.
+
+    Parameters, dropout and router noise so depend on the index of a block and on the role only, and
+    models of one seed share what they have in common, whatever else is in their blocks.
+    """
+
+    ATTENTION = 0
+    CROSS_ATTENTION = 1
+    FEED_FORWARD = 2
+    MOE = 3
+
+
 class SparseDense(enum.StrEnum):
     """Where a MoE block has a dense feed-forward layer besides: nowhere, before or after the MoE.
 
@@ -186,9 +202,9 @@ class Block(nnx.Module):
           num_experts: E; 0 makes a dense block.
           causal: tokens see themselves and earlier ones only.
           cross: the block also attends to a memory.
-          key: PRNG key.
+          key: PRNG key of the block.
         """
-        attention_key, mlp_key = jax.random.split(key)
+        keys = {role: jax.random.fold_in(key, role) for role in Role}
         width, scale = config.width, config.scale
         heads = (config.num_heads, config.head_width)
         self.config = nnx.static(config)
@@ -199,25 +215,26 @@ class Block(nnx.Module):
             own = config.block.own_norms
             return make_norm(config.norm, width, config.norm_epsilon) if own else None
 
-        self.attention = config.attention.build(width, *heads, scale, attention_key, causal)
+        self.attention = config.attention.build(width, *heads, scale, keys[Role.ATTENTION], causal)
         self.cross_norm = norm() if cross else None
         scaled = not isinstance(config.attention, MultiHead) or config.attention.scaled
-        cross_key = jax.random.fold_in(attention_key, 3)
         self.cross_attention = (
-            CrossAttention(width, *heads, scaled, scale, cross_key) if cross else None
+            CrossAttention(width, *heads, scaled, scale, keys[Role.CROSS_ATTENTION])
+            if cross
+            else None
         )
         self.mlp_norm = norm()
         self.mlp: MoE | FeedForward
         if num_experts:
             expert_width = config.expert_width or config.mlp_width
-            self.mlp = MoE(moe, width, expert_width, num_experts, scale, mlp_key)
+            self.mlp = MoE(moe, width, expert_width, num_experts, scale, keys[Role.MOE])
         else:
-            self.mlp = _feed_forward(config, mlp_key)
+            self.mlp = _feed_forward(config, keys[Role.FEED_FORWARD])
         has_dense = num_experts and config.sparse_dense != SparseDense.NONE
         self.dense: Any = nnx.data(
             {
                 "norm": norm(),
-                "feed_forward": _feed_forward(config, jax.random.fold_in(mlp_key, 4)),
+                "feed_forward": _feed_forward(config, keys[Role.FEED_FORWARD]),
             }
             if has_dense
             else None
@@ -236,12 +253,11 @@ class Block(nnx.Module):
     def sublayers(self, this_pass: Pass, cache: BlockCache | None) -> list[Sublayer]:
         """The block's sub-layers in their order, self-attention first."""
         rate = self.config.dropout
-        attention_key, mlp_key, out_key, dense_key = this_pass.keys(4)
 
         def attend(x: jax.Array) -> Out:
             own = None if cache is None else cache.attention
             y, own = self.attention(x, this_pass.attention_inputs, own)
-            return Out(dropout(y, rate, attention_key), own)
+            return Out(this_pass.dropout(y, rate, Role.ATTENTION), own)
 
         def attend_to_memory(x: jax.Array) -> Out:
             attention: Any = self.cross_attention
@@ -249,31 +265,31 @@ class Block(nnx.Module):
             if memory is None:
                 memory = attention.keys_and_values(this_pass.memory)
             y = attention(x, memory, this_pass.memory_mask)
-            return Out(this_pass.dropout(y, rate, 4))
+            return Out(this_pass.dropout(y, rate, Role.CROSS_ATTENTION))
 
-        def feed(x: jax.Array) -> Out:
-            if isinstance(self.mlp, MoE):
-                with jax.named_scope("moe"):
-                    y, report = self.mlp(x, this_pass.info, this_pass.mode, mlp_key)
-                return Out(dropout(y, rate, out_key), report=report)
-            with jax.named_scope("feed_forward"):
-                return Out(dropout(self.mlp(x, mlp_key), rate, out_key))
+        def feed_to_experts(x: jax.Array) -> Out:
+            moe: Any = self.mlp
+            inner, outer = this_pass.fold(Role.MOE).keys(2)
+            with jax.named_scope("moe"):
+                y, report = moe(x, this_pass.info, this_pass.mode, inner)
+            return Out(dropout(y, rate, outer), report=report)
 
         @jax.named_scope("feed_forward")
-        def feed_besides(x: jax.Array) -> Out:
-            layer: Any = self.dense["feed_forward"]
-            inner, outer = (None, None) if dense_key is None else jax.random.split(dense_key)
+        def feed(x: jax.Array) -> Out:
+            layer: Any = self.mlp if self.dense is None else self.dense["feed_forward"]
+            inner, outer = this_pass.fold(Role.FEED_FORWARD).keys(2)
             return Out(dropout(layer(x, inner), rate, outer))
 
         first = self.attention_norm
         found = [Sublayer(first, attend)]
         if self.cross_attention is not None:
             found.append(Sublayer(self.cross_norm or first, attend_to_memory))
-        found.append(Sublayer(self.mlp_norm or first, feed))
+        sparse = isinstance(self.mlp, MoE)
+        found.append(Sublayer(self.mlp_norm or first, feed_to_experts if sparse else feed))
         if self.dense is not None:
             before = self.config.sparse_dense == SparseDense.BEFORE
             place = len(found) - 1 if before else len(found)
-            found.insert(place, Sublayer(self.dense["norm"] or first, feed_besides))
+            found.insert(place, Sublayer(self.dense["norm"] or first, feed))
         return found
 
 

@@ -222,8 +222,8 @@ class RecurrentLM(LanguageModel):
         )
         super().__init__(config, tokens)
         self.lstms = nnx.List(
-            LSTM(width, config.units, width, scale, config.unroll, k)
-            for k in jax.random.split(lstm_key, config.num_lstms)
+            LSTM(width, config.units, width, scale, config.unroll, jax.random.fold_in(lstm_key, i))
+            for i in range(config.num_lstms)
         )
         self.sigmoid_moe = SigmoidMoE(config, between_key) if config.sparse else None
         self.dense = (

@@ -4,13 +4,13 @@ Axis letters: B batch, L length, M memory or cache length, d width, f feed-forwa
 
 Blocks repeat as stacked periods (such as one dense block and one MoE block), created by `nnx.vmap`
 and run by `lax.scan`, so that tracing time does not grow with depth. A stage is a run of equal
-periods; `stages_of` finds the fewest blocks to trace.
+periods; `stages_of` finds the fewest blocks to trace. Keys follow the index of a block in the stack,
+whatever the stages: a dense and a sparse model of one seed share the weights of what they share.
 """
 
 import dataclasses
 import enum
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,14 +66,21 @@ class Stage:
     rule: int = -1
 
     @property
+    def blocks(self) -> range:
+        """Indices of its blocks."""
+        return range(self.first, self.first + self.count * len(self.experts))
+
+    @property
+    def firsts(self) -> range:
+        """Indices of the first blocks of the periods."""
+        return self.blocks[:: len(self.experts)]
+
+    @property
     def moe_blocks(self) -> list[int]:
         """Indices of the blocks that have a MoE."""
-        period = len(self.experts)
+        experts = self.experts * self.count
         return [
-            self.first + repeat * period + place
-            for repeat in range(self.count)
-            for place, num_experts in enumerate(self.experts)
-            if num_experts
+            block for block, num_experts in zip(self.blocks, experts, strict=True) if num_experts
         ]
 
 
@@ -309,24 +316,40 @@ class Period(nnx.Module):
     """The blocks that repeat."""
 
     def __init__(
-        self, config: StackConfig, stage: Stage, causal: bool, cross: bool, key: jax.Array
+        self,
+        config: StackConfig,
+        stage: Stage,
+        causal: bool,
+        cross: bool,
+        key: jax.Array,
+        first: jax.Array,
     ) -> None:
-        keys = jax.random.split(key, len(stage.experts))
+        """Draws the parameters with the stack's key; `first` as of a call."""
         self.blocks = nnx.List(
-            Block(config, config.moe_of(stage.rule), num_experts, causal, cross, k)
-            for num_experts, k in zip(stage.experts, keys, strict=True)
+            Block(
+                config,
+                config.moe_of(stage.rule),
+                num_experts,
+                causal,
+                cross,
+                jax.random.fold_in(key, first + i),
+            )
+            for i, num_experts in enumerate(stage.experts)
         )
 
     def __call__(
-        self, x: jax.Array, this_pass: Pass, caches: list[BlockCache] | None
+        self, x: jax.Array, this_pass: Pass, first: jax.Array, caches: list[BlockCache] | None
     ) -> tuple[jax.Array, list[BlockCache] | None, MoEReport | None]:
-        """Runs the blocks in order; at most one of them has a report."""
+        """Runs the blocks in order, of which `first` is the first's index in the stack.
+
+        At most one of them has a report.
+        """
         report = None
         new_caches: list[Any] = []
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             with jax.named_scope(f"block_{i}_of_{len(self.blocks)}"):
-                x, cache, block_report = block(x, this_pass.fold(i), cache)
+                x, cache, block_report = block(x, this_pass.fold(first + i), cache)
             report = report if block_report is None else block_report
             new_caches.append(cache)
         return x, None if caches is None else new_caches, report
@@ -355,17 +378,15 @@ class Stack(nnx.Module):
           cross: the blocks also attend to a memory.
         """
         self.config = nnx.static(config)
-        stages = config.stages
-        keys = jax.random.split(key, sum(stage.count for stage in stages))
-        starts = itertools.accumulate((stage.count for stage in stages), initial=0)
+        blocks_key, relative_key = jax.random.split(key)
         self.stages = nnx.List(
-            nnx.vmap(functools.partial(Period, config, stage, causal, cross))(
-                keys[start : start + stage.count]
+            nnx.vmap(functools.partial(Period, config, stage, causal, cross, blocks_key))(
+                jnp.array(stage.firsts)
             )
-            for start, stage in zip(starts, stages, strict=False)
+            for stage in config.stages
         )
         self.relative = (
-            RelativeBias(config.num_heads, not causal, config.scale, jax.random.fold_in(key, 1))
+            RelativeBias(config.num_heads, not causal, config.scale, relative_key)
             if config.attention.shares_bias
             else None
         )
@@ -387,38 +408,35 @@ class Stack(nnx.Module):
         if self.relative is not None:
             bias = self.relative(*this_pass.attention_inputs.query_and_key_index())
             this_pass = dataclasses.replace(this_pass, bias=bias)
-        reports, caches, start = [], [], 0
+        reports, caches = [], []
         for i, stage in enumerate(self.config.stages):
-            last = stage.first + stage.count * len(stage.experts)
-            with jax.named_scope(f"blocks_{stage.first}_to_{last}"):
+            with jax.named_scope(f"blocks_{stage.first}_to_{stage.blocks.stop}"):
                 x, stage_cache, report = self._run_stage(
-                    i, start, x, this_pass, None if cache is None else cache[i]
+                    i, stage, x, this_pass, None if cache is None else cache[i]
                 )
             caches.append(stage_cache)
-            start += stage.count
             if report is not None:
                 reports.append(report)
         return x, reports, None if cache is None else caches
 
     def _run_stage(
-        self, i: int, start: int, x: jax.Array, this_pass: Pass, caches: list[BlockCache] | None
+        self, i: int, stage: Stage, x: jax.Array, this_pass: Pass, caches: list[BlockCache] | None
     ) -> tuple[jax.Array, Any, MoEReport | None]:
-        """Scans over the periods of stage `i`, the first of which is the stack's period `start`."""
+        """Scans over the periods of the stack's stage `i`."""
         config: StackConfig = self.config
-        count = config.stages[i].count
         definition, values = nnx.split(self.stages[i])
 
         def period(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
-            values, index, caches = scanned
+            values, first, caches = scanned
             module = nnx.merge(definition, values)
-            x, caches, report = module(x, this_pass.fold(index), caches)
+            x, caches, report = module(x, this_pass, first, caches)
             return x, (caches, report, nnx.state(module, RouterState))
 
         x, (caches, report, router_states) = jax.lax.scan(
             _rematerialized(period, config.remat),
             x,
-            (values, jnp.arange(start, start + count), caches),
-            unroll=count if config.unroll else 1,
+            (values, jnp.array(stage.firsts), caches),
+            unroll=stage.count if config.unroll else 1,
         )
         if this_pass.mode == Mode.TRAIN:
             nnx.update(self.stages[i], router_states)

@@ -35,10 +35,16 @@ def test_it_is_evaluated_to_the_same_loss_and_generates_the_same_text(run, caplo
 
 
 def test_it_goes_on_as_it_would_have(run):
+    """Up to the noise: the run has dropout and jitter, which 0.2 draws with keys by block and role.
+
+    So the losses after step 4 are not version 0.1's to the last digit, but within 0.5% of them, while
+    they fall by 5% a step; `continued` is what 0.2 has found.
+    """
     config = moe.load(run).run.config
     config.steps = 6
     records = moe.train(config, run)
     losses = [record["train/loss"] for record in records]
     np.testing.assert_allclose(losses[-2:], EXPECTED["continued"], rtol=1e-5)
+    np.testing.assert_allclose(losses[-2:], EXPECTED["continued_by_0_1"], rtol=5e-3)
     written = json.loads((run / "config.json").read_text())["config"]["type"]
     assert written == "moe_jax.training.experiment:Experiment"
