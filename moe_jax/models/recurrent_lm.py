@@ -24,7 +24,7 @@ from moe_jax.layers.moe import MoE, MoEConfig, MoEReport, RouterState
 from moe_jax.models.blocks import Pass
 from moe_jax.models.interface import ModelConfig
 from moe_jax.models.language_model import LanguageModel, check_no_leak
-from moe_jax.models.stack import ComputeDtype
+from moe_jax.models.stack import MOST_LAYERS, ComputeDtype
 from moe_jax.parallel.sharding import constrain
 from moe_jax.routing.noisy_top_k import NoisyTopK
 
@@ -105,7 +105,7 @@ class RecurrentLMConfig(RecurrentConfig):
     """
 
     max_length: int = field(256, at_least=1)
-    num_lstms: int = field(2, at_least=1)
+    num_lstms: int = field(2, at_least=1, at_most=MOST_LAYERS)
     hidden_widths: tuple[int, ...] = ()
     tied: bool = False
 

@@ -49,6 +49,9 @@ class Remat(enum.StrEnum):
     FULL = "full"
 
 
+MOST_LAYERS = 1024  # `stages_of` takes seconds for so many; for 10 million it would not end.
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A run of equal periods.
@@ -96,11 +99,15 @@ def stages_of(experts: Sequence[int], rules: Sequence[int] = ()) -> list[Stage]:
     best: dict[int, tuple[int, list[Stage]]] = {len(experts): (0, [])}
     for first in reversed(range(len(experts))):
         cuts = []
+        of_moes: list[int] = []
         for length in range(1, len(experts) - first + 1):
-            period = kinds[first : first + length]
-            of_moes = [rule for num_experts, rule in period if num_experts]
+            num_experts, rule = kinds[first + length - 1]
+            of_moes += [rule] if num_experts else []
             if len(of_moes) > 1:
                 break
+            if length > 1 and not of_moes:
+                continue  # Equal blocks are never better as longer periods.
+            period = kinds[first : first + length]
             rule = of_moes[0] if of_moes else -1
             count, stop = 0, first
             while kinds[stop : stop + length] == period:
@@ -160,7 +167,7 @@ class StackConfig(Component):
       block: how sub-layers make a block: `PreNorm`, `Parallel`, or a `BlockForm` of one's own.
     """
 
-    num_layers: int = field(4, at_least=1)
+    num_layers: int = field(4, at_least=1, at_most=MOST_LAYERS)
     width: int = field(128, at_least=1)
     num_heads: int = field(4, at_least=1)
     head_width: int = field(32, at_least=1)
