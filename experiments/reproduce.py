@@ -53,6 +53,7 @@ def main() -> None:
             left = len(set[object]().union(*(plan.runs_left() for plan in plans[claim.name])))
             print(f"{claim.name:20} {left:3} runs left  {claim.title}")
         return
+    (workdir / "runs").mkdir(parents=True, exist_ok=True)  # Said here, and not by each process.
     # A GPU is one machine for one run; of a CPU each run has a core.
     processes = (os.cpu_count() or 1) if profile == Profile.CPU else 1
     every_plan = [plan for its in plans.values() for plan in its]
