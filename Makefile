@@ -14,6 +14,7 @@
 #   make test-parity                transformers' routers and models computed anew, against the committed files
 #   make test-tpu                   programs for TPUs, compiled by libtpu on this machine
 #   make test-pods                  published giants, compiled for their machines, against their budgets
+#   make test-browser               reports in a headless browser, which it installs on Debian
 #   make test-wheel                 the built wheel and examples/my_project in an environment of their own
 #   make install EXTRA=gpu          an environment for NVIDIA GPUs (EXTRA=tpu: for TPUs)
 
@@ -28,7 +29,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requi
 # Files are given out in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install install-test quickstart reproduce test test-fast test-first-losses test-slow test-layouts test-routers test-all-routers test-parity test-tpu test-pods test-wheel lint lock clean
+.PHONY: install install-test quickstart reproduce test test-fast test-first-losses test-slow test-layouts test-routers test-all-routers test-parity test-tpu test-pods test-browser test-wheel lint lock clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -121,8 +122,16 @@ test-wheel:
 	cd .venv-wheel/my_project && ../bin/python -m pytest -q tests
 	cd .venv-wheel/my_project && ../bin/jupyter execute notebook.ipynb
 
+# Debian's browser and its driver, where they are missing and this user may install them.
+test-browser: install-test
+	{ command -v chromium && command -v chromedriver; } >/dev/null \
+	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } \
+	  || { echo "make test-browser needs chromium and chromedriver; install Debian's chromium and chromium-driver"; exit 1; }
+	$(PIP) --editable .[browser]
+	$(BIN)/python -m pytest -m browser tests/browser
+
 lock:
-	uv pip compile setup.py --extra test --extra notebooks --extra vowels --extra gpu --extra tpu --extra gcs --universal --python-version 3.11 --upgrade \
+	uv pip compile setup.py --extra test --extra browser --extra notebooks --extra vowels --extra gpu --extra tpu --extra gcs --universal --python-version 3.11 --upgrade \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean:

@@ -53,6 +53,8 @@ setup(
             "pytest-xdist",
             "ruff",
         ],
+        # To drive a browser that opens reports.
+        "browser": ["selenium"],
         # To execute notebooks without a browser.
         "notebooks": ["ipykernel", "nbclient"],
         # To compare with another implementation; pinned, because the committed outputs are theirs.
