@@ -6,7 +6,6 @@ import logging
 import os
 import pathlib
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -81,8 +80,8 @@ def run(main: Callable[[], None], default_config: str | None = None) -> None:
       main: the script.
       default_config: what --config is if the user names no file.
 
-    Exit status: 0 done, or stopped by SIGTERM after saving; 130 stopped by Ctrl-C after saving;
-    2 the user asked for something impossible.
+    Exit status: 0 done; 143 stopped by SIGTERM after saving, and 130 by Ctrl-C; 2 the user asked for
+    something impossible.
     """
     # Not as the flag's default, which absl would read before `parse_flags` can catch its errors.
     if default_config and not any(re.fullmatch(r"--config(=.*)?", a) for a in sys.argv):
@@ -111,7 +110,7 @@ def report_to_user(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _stop("interrupted", 130)
     except Interrupted as stopped:
-        _stop(str(stopped), 130 if stopped.signal_number == signal.SIGINT else 0)
+        _stop(str(stopped), 128 + stopped.signal_number)
 
 
 def _of_system(error: OSError) -> str:

@@ -188,8 +188,13 @@ def by_first_process(action: Callable[[], int | None]) -> int:
     if failure is not None:
         raise failure
     if failed:
-        raise UserError("process 0 cannot go on, and its last line says why.")
+        raise first_process_failed()
     return result
+
+
+def first_process_failed() -> UserError:
+    """What the other processes say where process 0 has said why."""
+    return UserError("process 0 cannot go on, and its last line says why.")
 
 
 def wait_for_all() -> None:

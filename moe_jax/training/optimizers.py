@@ -118,7 +118,7 @@ class AdamW(Optimizer):
     clip_norm: float = 1.0
     b1: float = field(0.9, at_least=0, below=1)
     b2: float = field(0.95, at_least=0, below=1)
-    epsilon: float = field(1e-8, at_least=0)
+    epsilon: float = field(1e-8, above=0)
 
     def scaling(self, axes: Any) -> optax.GradientTransformation:
         """See `Optimizer`."""
@@ -189,6 +189,19 @@ class SGD(Optimizer):
     def scaling(self, axes: Any) -> optax.GradientTransformation:
         """See `Optimizer`."""
         return optax.trace(self.momentum) if self.momentum else optax.identity()
+
+
+def updates_done(state: optax.OptState) -> int | None:
+    """How many updates an optimizer's state has seen, by which its learning rate goes.
+
+    None if it is of an optimizer with another rate than `Optimizer.build` gives.
+    """
+
+    def counts(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    found = [node for node in jax.tree.leaves(state, is_leaf=counts) if counts(node)]
+    return int(found[0].count) if found else None
 
 
 def is_decayed(names: tuple[str, ...], decayed: Decayed) -> bool:

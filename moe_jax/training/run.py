@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moe_jax.errors import UserError
 from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.parallel import multihost
 from moe_jax.parallel.mesh import AXES, TOKEN_AXES, force_host_devices, make_mesh
@@ -135,8 +136,18 @@ class Run:
         return abstract_state(self.shapes, self.shardings), batch, signals, key_data
 
     def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
-        """The state of a checkpoint, laid out for this run's mesh."""
-        return checkpoints.restore(step, abstract_state(self.shapes, self.shardings))
+        """The state of a checkpoint, laid out for this run's mesh.
+
+        Raises:
+          UserError: it cannot be read, or is of another step; manifests of version 0.1 do not say of which.
+        """
+        state = checkpoints.restore(step, abstract_state(self.shapes, self.shardings))
+        if int(state.step) != step:
+            raise UserError(
+                f"checkpoint step {step} holds the state after step {int(state.step)}; give its folder "
+                "that name again."
+            )
+        return state
 
     def put(self, rows: Callable[[int, int], dict[str, np.ndarray]], count: int) -> dict[str, Any]:
         """Makes global arrays of `count` rows; each process reads only its devices' rows.

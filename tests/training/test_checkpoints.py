@@ -235,7 +235,7 @@ def test_a_renamed_checkpoint_is_noticed(two_saved, tmp_path, warnings):
     (tmp_path / "40").rename(tmp_path / "60")
     assert two_saved.newest_good() == 20
     assert "step 60" in warnings[0] and "saved as step 40 and renamed" in warnings[0]
-    with pytest.raises(UserError, match="step 60 .* is damaged.*saved as step 40"):
+    with pytest.raises(UserError, match=r"step 60 .* is damaged.*saved as step 40"):
         two_saved.restore(60, _abstract(_state()))
 
 
