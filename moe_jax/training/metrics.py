@@ -64,7 +64,9 @@ class MetricsWriter:
 
 
 def _null_if_not_finite(value: Any) -> Any:
-    """JSON has no NaN; a skipped step may have one."""
+    """JSON has no NaN; a skipped step may have one, also in a list such as the experts' load."""
+    if isinstance(value, list):
+        return [_null_if_not_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

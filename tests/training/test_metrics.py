@@ -65,3 +65,11 @@ def test_damage_that_a_killed_start_has_kept_is_not_kept_twice(tmp_path):
         (tmp_path / "metrics.jsonl").write_bytes(content)
         metrics.MetricsWriter(tmp_path, 3).close()
     assert (tmp_path / metrics.DAMAGED_FILE).read_text().count("line 2") == 1
+
+
+def test_what_is_not_finite_is_null_so_that_every_line_is_json(tmp_path):
+    writer = metrics.MetricsWriter(tmp_path, 0)
+    writer.write({"step": 1, "a": math.inf, "router/1/load": [1.0, math.nan]})
+    writer.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert line == '{"step": 1, "a": null, "router/1/load": [1.0, null]}'

@@ -2,15 +2,16 @@
 
 import copy
 import json
-import logging
 import os
 import shutil
 
 import pytest
 
+from moe_jax import configuration
 from moe_jax.data.pipelines import TextPipeline
 from moe_jax.errors import UserError
-from moe_jax.training import loop, metrics, provenance
+from moe_jax.training import experiment, loop, metrics, provenance
+from moe_jax.training.optimizers import Schedule
 from moe_jax.training.run_lock import LOCK_FILE
 from tests.training.one_block import get_config
 
@@ -233,8 +234,25 @@ def test_other_flags_of_xla_are_said(run, caplog, monkeypatch):
     assert "may change the last bits: --xla_cpu_enable_fast_math=true is new." in caplog.text
 
 
-def test_a_schedule_that_rises_again_is_said(run, caplog):
-    config, workdir = run
-    with caplog.at_level(logging.WARNING):
-        loop.train(config, workdir)
-    assert "learning rate" not in caplog.text  # inverse_sqrt does not ask for the steps.
+def test_a_learning_rate_that_jumps_is_said(tmp_path, caplog):
+    config = get_config()
+    config.optimizer.schedule, config.optimizer.warmup_steps, config.steps = Schedule.COSINE, 2, 10
+    record = {"config": configuration.encode(config), "imports": {}}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    experiment.say_change_of_rate(tmp_path, config, 10)
+    assert not caplog.text
+    config.steps = 20
+    experiment.say_change_of_rate(tmp_path, config, 10)
+    # The peak is 0.01, and 8 of 18 steps of the cosine to 0.001 are done.
+    assert (
+        "steps goes from 10 to 20, and with it schedule=cosine: step 11 has the learning rate"
+        in (caplog.text)
+    )
+    assert "0.006281, where the run would have gone on with 0.001." in caplog.text
+    caplog.clear()
+    config.optimizer.schedule = Schedule.INVERSE_SQRT
+    record["config"] = configuration.encode(config)
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    config.steps = 30
+    experiment.say_change_of_rate(tmp_path, config, 10)
+    assert not caplog.text
