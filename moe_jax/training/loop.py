@@ -94,6 +94,10 @@ def train(
         records = metrics.read(workdir)
         if not records:
             multihost.by_first_process(lambda: lock.check() if lock else None)
+            raise UserError(
+                f"the run in {workdir} has done its last step, but its {metrics.METRICS_FILE} is gone; "
+                "bring it back, or ask for more steps."
+            )
     return records
 
 
