@@ -34,7 +34,6 @@ from moe_jax.training.optimizers import updates_done
 from moe_jax.training.run import Run, broadcast_signal
 from moe_jax.training.run_lock import RunLock
 from moe_jax.training.state import TrainState
-from moe_jax.training.step import all_finite
 from moe_jax.training.traced_steps import StepTracer
 
 _LOG = logging.getLogger(__name__)
@@ -202,7 +201,7 @@ def _restored(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
         them.
     """
     state = run.restore(checkpoints, step)
-    if not jax.jit(all_finite)((state.parameters, state.variables)):
+    if not jax.jit(run.are_finite)((state.parameters, state.variables)):
         raise UserError(
             f"checkpoint step {step} of this run holds parameters that are not finite, from which "
             "nothing can be learned; delete its folder to continue from an earlier one."
@@ -271,6 +270,7 @@ class _Loop:
         self.run, self.data, self.evaluate = run, data, evaluate
         self.checkpoints, self.workdir, self.lock = checkpoints, workdir, lock
         self.signals = functools.cache(functools.partial(broadcast_signal, run.mesh))
+        self.are_finite = jax.jit(run.are_finite)
         self.failure: UserError | None = None
         self.last_good = 0
         self.checked = 0
@@ -401,6 +401,9 @@ class _Loop:
 
     def _save(self, step: int, state: TrainState, step_metrics: dict[str, Any]) -> None:
         self._check_finite(step, step_metrics)
+        # In the step only where it may still be skipped.
+        if not self.are_finite((state.parameters, state.variables)):
+            self._not_finite(step, step_metrics)
         multihost.by_first_process(self._check_folder)
         self.checkpoints.save(step, state)
         self.last_good = step
@@ -411,7 +414,11 @@ class _Loop:
         self.checked = step
         if bool(step_metrics["finite"]):
             self.skipped_now = 0
-            return
+        else:
+            self._not_finite(step, step_metrics)
+
+    def _not_finite(self, step: int, step_metrics: dict[str, Any]) -> None:
+        """Counts a step that was skipped; raises DivergedError where it was not, or was one too many."""
         config = self.run.config
         what, cause = self._what_is_not_finite(step, step_metrics)
         if config.skip_nonfinite:

@@ -25,7 +25,7 @@ from moe_jax.training.state import (
     state_shapes,
     state_shardings,
 )
-from moe_jax.training.step import noise_key, train_step
+from moe_jax.training.step import all_finite, noise_key, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +103,7 @@ class Run:
             self.optimizer,
             config.skip_nonfinite,
             config.microbatches,
+            self.are_finite,
         )
 
         def step(
@@ -112,6 +113,24 @@ class Run:
             return state, {**step_metrics, "signal": signals.max()}
 
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, self.replicated))
+
+    def are_finite(self, tree: Any) -> jax.Array:
+        """[] bool: whether parameters and variables are finite.
+
+        Each device looks at what it has, and tells the others once; of each array alone it would tell
+        them as often as there are arrays (7 % of a small model's step on 8 host devices).
+        """
+        specs = jax.tree.map(
+            lambda sharding: sharding.spec, (self.shardings.parameters, self.shardings.variables)
+        )
+
+        def own(tree: Any) -> jax.Array:
+            return all_finite(tree).reshape((1,) * len(AXES))
+
+        of_each = jax.shard_map(
+            own, mesh=self.mesh, in_specs=(specs,), out_specs=PartitionSpec(*AXES), check_vma=False
+        )
+        return of_each(tree).all()
 
     @functools.cached_property
     def noise_key_data(self) -> jax.Array:
