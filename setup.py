@@ -26,6 +26,7 @@ setup(
         "grain>=0.2.18",
         "importlib_resources",  # Imported by tensorflow-datasets, which does not ask for it.
         "jax>=0.10.2",
+        "jaxtyping>=0.3.11",
         "markdown-it-py",
         "matplotlib",
         "ml_collections>=1.1.0",
@@ -45,6 +46,7 @@ setup(
         # Peterson and Barney's vowels are in it; GPL-3, so not among the requirements.
         "vowels": ["praat-parselmouth"],
         "test": [
+            "beartype>=0.23.1",  # Checks the shapes that jaxtyping writes.
             "hypothesis",
             "mypy",
             "praat-parselmouth",

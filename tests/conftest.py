@@ -7,7 +7,9 @@ import jax
 import pytest
 from hypothesis import settings
 
-from moe_jax.data.sources import prepare_dataset
+from tests import shapes
+
+shapes.install()  # Before anything that it checks is imported.
 
 # Before the backend starts: configuration, not environment, so that subprocesses choose their own.
 jax.config.update("jax_platforms", "cpu")
@@ -36,6 +38,8 @@ if os.environ.get("CI"):
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder in which python_library is prepared once per session."""
+    from moe_jax.data.sources import prepare_dataset
+
     folder = tmp_path_factory.mktemp("tensorflow_datasets")
     prepare_dataset("python_library", str(folder))
     return str(folder)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from moe_jax.dispatch import ragged, spill
 from moe_jax.dispatch.exchange import Transport, Wire, gather_tokens, sum_to_owners
@@ -97,12 +98,12 @@ class Dropless(Dispatch):
 
     def apply(
         self,
-        x: jax.Array,
+        x: Float[Array, "G S d"],
         assignment: Assignment,
-        token_index: jax.Array,
+        token_index: Int[Array, "G S"],
         experts: Experts,
         axis: str,
-    ) -> tuple[jax.Array, dict[str, Mean]]:
+    ) -> tuple[Float[Array, "G S d"], dict[str, Mean]]:
         """See `moe_jax.dispatch.interface.Dispatch`: [G, S, d] to [G, S, d]."""
         assert isinstance(assignment, TokenAssignment)
         served = assignment.position_in_expert < assignment.capacity
@@ -260,7 +261,7 @@ class Tokens:
         """How many rows go to all devices together at most."""
         return self.count * min(self.choices, devices)
 
-    def owners(self, experts_here: int, devices: int) -> jax.Array:
+    def owners(self, experts_here: int, devices: int) -> Int[Array, "T K"]:
         """[T, K] int32 device that a choice sends the token to; X where an earlier choice does."""
         owner = jnp.minimum(self.chosen // experts_here, devices)
         same = owner[:, :, None] == owner[:, None, :]
@@ -268,23 +269,27 @@ class Tokens:
         return jnp.where(repeated, devices, owner)
 
     @jax.named_scope("dispatch")
-    def rows(self, assignments: jax.Array) -> jax.Array:
+    def rows(self, assignments: Int[Array, "*rows"]) -> Float[Array, "*rows d"]:
         """[..., d] the tokens of [...] assignments; 0 for none."""
         return self.x.at[assignments // self.choices].get(mode="fill", fill_value=0)
 
-    def rows_index(self, assignments: jax.Array) -> jax.Array:
+    def rows_index(self, assignments: Int[Array, "*rows"]) -> Int[Array, "*rows"]:
         """[...] indices in the global batch of the tokens of [...] assignments."""
         return self.index.at[assignments // self.choices].get(mode="fill", fill_value=0)
 
     @jax.named_scope("combine")
-    def summed(self, rows: jax.Array, assignments: jax.Array) -> jax.Array:
+    def summed(
+        self, rows: Float[Array, "R d"], assignments: Int[Array, " R"]
+    ) -> Float[Array, "T d"]:
         """[T, d] sums, in float32 on the way, of rows [R, d] over the tokens of [R] assignments."""
         sums = jnp.zeros_like(self.x, dtype=jnp.float32)
         token = assignments // self.choices
         return sums.at[token].add(rows.astype(jnp.float32), mode="drop").astype(rows.dtype)
 
     @jax.named_scope("combine")
-    def gated_sum(self, rows: jax.Array, assignments: jax.Array) -> jax.Array:
+    def gated_sum(
+        self, rows: Float[Array, "*rows d"], assignments: Int[Array, "*rows"]
+    ) -> Float[Array, "T d"]:
         """[T, d] float32 as `summed`, of rows [..., d] times their gates."""
         gates = self.gates.reshape(-1).at[assignments].get(mode="fill", fill_value=0)
         weighted = rows.astype(jnp.float32) * gates[..., None]
@@ -292,7 +297,7 @@ class Tokens:
 
     @jax.named_scope("dispatch")
     def sent(
-        self, copies: jax.Array, exchange: Callable[[jax.Array], jax.Array], wire: Wire
+        self, copies: Int[Array, "*rows"], exchange: Callable[[jax.Array], jax.Array], wire: Wire
     ) -> "Tokens":
         """The tokens that other devices send here while this one sends those of `copies`."""
         token = copies // self.choices
@@ -304,7 +309,9 @@ class Tokens:
         return Tokens(x, integers[:, :-1] - 1, exchange(gates), integers[:, -1])
 
 
-def sort_by_owner(owners: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def sort_by_owner(
+    owners: Int[Array, "T K"], count: int
+) -> tuple[Int[Array, " T*K"], Int[Array, " {count}"]]:
     """Assignments in the order of what owns them, left to right within each.
 
     Args:
@@ -325,7 +332,9 @@ def sort_by_owner(owners: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     return order, sizes
 
 
-def rows_of_owners(order: jax.Array, starts: jax.Array, sizes: jax.Array, room: int) -> jax.Array:
+def rows_of_owners(
+    order: Int[Array, " N"], starts: Int[Array, " owners"], sizes: Int[Array, " owners"], room: int
+) -> Int[Array, "owners {room}"]:
     """[owners, room] each owner's assignments; N for none.
 
     Args:
@@ -340,8 +349,8 @@ def rows_of_owners(order: jax.Array, starts: jax.Array, sizes: jax.Array, room: 
 
 
 def rows_one_after_another(
-    order: jax.Array, starts: jax.Array, sizes: jax.Array, room: int
-) -> jax.Array:
+    order: Int[Array, " N"], starts: Int[Array, " owners"], sizes: Int[Array, " owners"], room: int
+) -> Int[Array, " {room}"]:
     """[room] the same, without gaps between owners."""
     place = jnp.arange(room)
     owner = row_experts(sizes, room)

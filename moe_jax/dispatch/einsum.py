@@ -12,6 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from moe_jax.dispatch import soft
 from moe_jax.dispatch.slots import SlotDispatch
@@ -27,11 +28,15 @@ from moe_jax.routing.router import (
 class Einsum(SlotDispatch):
     """Multiplies with one-hot masks; a component of a config."""
 
-    def fill(self, x: jax.Array, assignment: Assignment, num_experts: int) -> jax.Array:
+    def fill(
+        self, x: Float[Array, "S d"], assignment: Assignment, num_experts: int
+    ) -> Float[Array, "{num_experts} C d"]:
         """See `SlotDispatch.fill`."""
         return soft.fill(x, as_masks(assignment, x.shape[0], num_experts))
 
-    def combine(self, buffers: jax.Array, assignment: Assignment, tokens: int) -> jax.Array:
+    def combine(
+        self, buffers: Float[Array, "E C d"], assignment: Assignment, tokens: int
+    ) -> Float[Array, "{tokens} d"]:
         """See `SlotDispatch.combine`."""
         return soft.combine(buffers, as_masks(assignment, tokens, buffers.shape[0]))
 

@@ -2,12 +2,14 @@
 
 Axis letters: G groups of this device, E experts, C slots per expert and group, d width, R rows.
 X is the number of devices along the axis; a device owns experts [i * E/X, (i+1) * E/X).
+Annotations have E_X for E/X, X_n for X * n, and *row for whatever dimensions a row has.
 """
 
 import enum
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 
 class Transport(enum.StrEnum):
@@ -34,13 +36,15 @@ class Wire(enum.StrEnum):
     COMPUTE = "compute"
     BFLOAT16 = "bfloat16"
 
-    def pack(self, rows: jax.Array) -> jax.Array:
+    def pack(self, rows: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
         """[...] as it is sent; integers stay as they are."""
         narrow = self == Wire.BFLOAT16 and jnp.issubdtype(rows.dtype, jnp.floating)
         return rows.astype(jnp.bfloat16) if narrow else rows
 
 
-def to_expert_owners(buffers: jax.Array, axis: str, wire: Wire = Wire.COMPUTE) -> jax.Array:
+def to_expert_owners(
+    buffers: Shaped[Array, "G E C *row"], axis: str, wire: Wire = Wire.COMPUTE
+) -> Shaped[Array, "E_X R *row"]:
     """Sends each expert's slots to the device that owns the expert: one all_to_all.
 
     Args:
@@ -58,8 +62,8 @@ def to_expert_owners(buffers: jax.Array, axis: str, wire: Wire = Wire.COMPUTE) -
 
 
 def from_expert_owners(
-    rows: jax.Array, axis: str, groups: int, capacity: int, wire: Wire = Wire.COMPUTE
-) -> jax.Array:
+    rows: Shaped[Array, "E_X R d"], axis: str, groups: int, capacity: int, wire: Wire = Wire.COMPUTE
+) -> Shaped[Array, "{groups} E {capacity} d"]:
     """The inverse of `to_expert_owners`: one all_to_all.
 
     Args:
@@ -77,11 +81,15 @@ def from_expert_owners(
     return sent.reshape(sent.shape[0], groups, capacity, sent.shape[-1]).swapaxes(0, 1)
 
 
-def gather_tokens(values: jax.Array, axis: str, wire: Wire = Wire.COMPUTE) -> jax.Array:
+def gather_tokens(
+    values: Shaped[Array, " n *row"], axis: str, wire: Wire = Wire.COMPUTE
+) -> Shaped[Array, " X_n *row"]:
     """[n, ...] of this device to [X * n, ...] of all, in the order of devices: one all-gather."""
     return jax.lax.all_gather(wire.pack(values), axis, tiled=True).astype(values.dtype)
 
 
-def sum_to_owners(values: jax.Array, axis: str, wire: Wire = Wire.COMPUTE) -> jax.Array:
+def sum_to_owners(
+    values: Shaped[Array, " X_n *row"], axis: str, wire: Wire = Wire.COMPUTE
+) -> Shaped[Array, " n *row"]:
     """Sums [X * n, ...] over devices and leaves each its own [n, ...]: one reduce-scatter."""
     return jax.lax.psum_scatter(wire.pack(values), axis, tiled=True).astype(values.dtype)

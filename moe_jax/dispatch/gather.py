@@ -9,8 +9,8 @@ slot mixes all tokens, takes matrix products (`moe_jax.dispatch.soft`).
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from moe_jax.dispatch import soft
 from moe_jax.dispatch.slots import SlotDispatch, slot_table
@@ -26,13 +26,17 @@ from moe_jax.routing.router import (
 class Gather(SlotDispatch):
     """Copies rows by index; a component of a config."""
 
-    def fill(self, x: jax.Array, assignment: Assignment, num_experts: int) -> jax.Array:
+    def fill(
+        self, x: Float[Array, "S d"], assignment: Assignment, num_experts: int
+    ) -> Float[Array, "{num_experts} C d"]:
         """See `SlotDispatch.fill`."""
         if isinstance(assignment, SoftAssignment):
             return soft.fill(x, assignment)
         return x.at[slot_table(assignment, num_experts)].get(mode="fill", fill_value=0)
 
-    def combine(self, buffers: jax.Array, assignment: Assignment, tokens: int) -> jax.Array:
+    def combine(
+        self, buffers: Float[Array, "E C d"], assignment: Assignment, tokens: int
+    ) -> Float[Array, "{tokens} d"]:
         """See `SlotDispatch.combine`."""
         if isinstance(assignment, SoftAssignment):
             return soft.combine(buffers, assignment)
@@ -40,8 +44,8 @@ class Gather(SlotDispatch):
 
 
 def combine(
-    buffers: jax.Array, assignment: TokenAssignment | ExpertAssignment, tokens: int
-) -> jax.Array:
+    buffers: Float[Array, "E C d"], assignment: TokenAssignment | ExpertAssignment, tokens: int
+) -> Float[Array, "{tokens} d"]:
     """Gate-weighted sum of each token's expert outputs in one group.
 
     Args:

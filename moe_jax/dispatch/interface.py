@@ -4,6 +4,7 @@ Axis letters
   G groups of this device    S tokens per group    K choices per token
   E experts, of which this device has E/X          d width
   C slots per expert         R rows in one array, whatever experts they are for
+Annotations have E_X for E/X, and *rows for the dimensions of rows that may be in slots or not.
 """
 
 import abc
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.component import Component
 from moe_jax.dispatch.grouped_matmul.interface import GroupedMatmul, grouped_matmul
@@ -29,12 +31,12 @@ class Network(Protocol):
     `product`, so that the same network works on slots, on sorted rows and on blocks.
     """
 
-    def up(self, weights: Any, rows: jax.Array, product: Product) -> Any:
+    def up(self, weights: Any, rows: Float[Array, "*rows d"], product: Product) -> Any:
         """[..., d] to what the activation function is applied to, a tree of [..., f]."""
 
     def down(
-        self, weights: Any, hidden: Any, keys: jax.Array | None, product: Product
-    ) -> jax.Array:
+        self, weights: Any, hidden: Any, keys: Key[Array, "*rows"] | None, product: Product
+    ) -> Float[Array, "*rows d"]:
         """That to [..., d]; keys [...] are a PRNG key for each row, or None."""
 
 
@@ -61,7 +63,9 @@ class Experts:
         """E/X."""
         return jax.tree.leaves(self.parameters)[0].shape[0]
 
-    def on_slots(self, rows: jax.Array, token: jax.Array) -> jax.Array:
+    def on_slots(
+        self, rows: Float[Array, "E_X R d"], token: Int[Array, "E_X R"]
+    ) -> Float[Array, "E_X R d"]:
         """As many rows for each expert: one batched product for each weight.
 
         Args:
@@ -75,8 +79,12 @@ class Experts:
         return run(self.network, self.parameters, rows, keys, batched_product)
 
     def on_groups(
-        self, rows: jax.Array, token: jax.Array, sizes: jax.Array, backends: GroupedMatmul
-    ) -> jax.Array:
+        self,
+        rows: Float[Array, "R d"],
+        token: Int[Array, " R"],
+        sizes: Int[Array, " E_X"],
+        backends: GroupedMatmul,
+    ) -> Float[Array, "R d"]:
         """Rows sorted by expert, with one grouped product for each weight.
 
         Args:
@@ -95,14 +103,16 @@ class Experts:
         keys = self.keys(token, row_experts(sizes, rows.shape[0]))
         return run(self.network, self.parameters, rows, keys, product)
 
-    def keys(self, token: jax.Array, expert: jax.Array) -> jax.Array | None:
+    def keys(
+        self, token: Int[Array, "*rows"], expert: Int[Array, "..."]
+    ) -> Key[Array, "*rows"] | None:
         """PRNG keys of rows: token [...] int32, expert of this device broadcast to it; or None."""
         if self.row_key is None:
             return None
         return self.row_key(token, self.first + jnp.broadcast_to(expert, token.shape))
 
 
-def row_experts(sizes: jax.Array, rows: int) -> jax.Array:
+def row_experts(sizes: Int[Array, " E"], rows: int) -> Int[Array, " {rows}"]:
     """[R] int32 which expert each row is for, of [E] rows each; the last one for rows beyond."""
     # Comparing with all is one fused loop; jnp.repeat and searchsorted take far longer to compile.
     place = jnp.arange(rows, dtype=jnp.int32)
@@ -112,13 +122,19 @@ def row_experts(sizes: jax.Array, rows: int) -> jax.Array:
 
 @jax.named_scope("experts")
 def run(
-    network: Network, weights: Any, rows: jax.Array, keys: jax.Array | None, product: Product
-) -> jax.Array:
+    network: Network,
+    weights: Any,
+    rows: Float[Array, "*rows d"],
+    keys: Key[Array, "*rows"] | None,
+    product: Product,
+) -> Float[Array, "*rows d"]:
     """Both steps of the network."""
     return network.down(weights, network.up(weights, rows, product), keys, product)
 
 
-def batched_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+def batched_product(
+    rows: Float[Array, "E_X R d"], weight: Float[Array, "E_X d f"]
+) -> Float[Array, "E_X R f"]:
     """[E/X, R, d] times [E/X, d, f]."""
     return jnp.einsum("erd,edf->erf", rows, weight)
 
@@ -138,12 +154,12 @@ class Dispatch(Component, abc.ABC):
     @abc.abstractmethod
     def apply(
         self,
-        x: jax.Array,
+        x: Float[Array, "G S d"],
         assignment: Assignment,
-        token_index: jax.Array,
+        token_index: Int[Array, "G S"],
         experts: Experts,
         axis: str,
-    ) -> tuple[jax.Array, dict[str, Mean]]:
+    ) -> tuple[Float[Array, "G S d"], dict[str, Mean]]:
         """Runs every token of this device through its experts.
 
         Args:

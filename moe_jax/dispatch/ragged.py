@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +32,7 @@ class Routes:
     receive_sizes: jax.Array
 
 
-def plan(sizes: jax.Array, axis: str, receive_rows: int) -> tuple[Routes, Routes]:
+def plan(sizes: Int[Array, " X"], axis: str, receive_rows: int) -> tuple[Routes, Routes]:
     """Routes there and back, where each device puts what it receives in the order of senders.
 
     What does not fit into `receive_rows` is not sent: devices later in the order lose rows first.
@@ -57,8 +58,8 @@ def plan(sizes: jax.Array, axis: str, receive_rows: int) -> tuple[Routes, Routes
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 3))
 def exchange(
-    rows: jax.Array, result_rows: int, routes: tuple[Routes, Routes], axis: str
-) -> jax.Array:
+    rows: Shaped[Array, " R *row"], result_rows: int, routes: tuple[Routes, Routes], axis: str
+) -> Shaped[Array, " received *row"]:
     """Sends rows along `routes[0]`; gradients return along `routes[1]`.
 
     Args:
@@ -104,15 +105,15 @@ exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
 def ragged_all_to_all(
-    operand: jax.Array,
-    output: jax.Array,
-    input_offsets: jax.Array,
-    send_sizes: jax.Array,
-    output_offsets: jax.Array,
-    recv_sizes: jax.Array,
+    operand: Shaped[Array, " R *row"],
+    output: Shaped[Array, " rows *row"],
+    input_offsets: Int[Array, " slices"],
+    send_sizes: Int[Array, " slices"],
+    output_offsets: Int[Array, " slices"],
+    recv_sizes: Int[Array, " slices"],
     *,
     axis_name: str,
-) -> jax.Array:
+) -> Shaped[Array, " rows *row"]:
     """`jax.lax.ragged_all_to_all` on accelerators, `by_all_gather` on CPUs.
 
     Args:
@@ -130,15 +131,15 @@ def ragged_all_to_all(
 
 
 def by_all_gather(
-    operand: jax.Array,
-    output: jax.Array,
-    input_offsets: jax.Array,
-    send_sizes: jax.Array,
-    output_offsets: jax.Array,
-    recv_sizes: jax.Array,
+    operand: Shaped[Array, " R *row"],
+    output: Shaped[Array, " rows *row"],
+    input_offsets: Int[Array, " slices"],
+    send_sizes: Int[Array, " slices"],
+    output_offsets: Int[Array, " slices"],
+    recv_sizes: Int[Array, " slices"],
     *,
     axis_name: str,
-) -> jax.Array:
+) -> Shaped[Array, " rows *row"]:
     """The ragged all-to-all by an all-gather, with the same arguments; sends X times the rows."""
     offsets = jnp.stack([input_offsets, send_sizes, output_offsets], axis=1)
     # What the others have for this device: [slices, 3], in the order of senders.

@@ -13,6 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from moe_jax.dispatch import soft
 from moe_jax.dispatch.exchange import (
@@ -61,21 +62,25 @@ class SlotDispatch(Dispatch):
             )
 
     @abc.abstractmethod
-    def fill(self, x: jax.Array, assignment: Assignment, num_experts: int) -> jax.Array:
+    def fill(
+        self, x: Float[Array, "S d"], assignment: Assignment, num_experts: int
+    ) -> Float[Array, "{num_experts} C d"]:
         """One group's tokens [S, d] into slots [E, C, d]; empty slots are 0."""
 
     @abc.abstractmethod
-    def combine(self, buffers: jax.Array, assignment: Assignment, tokens: int) -> jax.Array:
+    def combine(
+        self, buffers: Float[Array, "E C d"], assignment: Assignment, tokens: int
+    ) -> Float[Array, "{tokens} d"]:
         """One group's outputs by slot [E, C, d] into those of its tokens [S, d], in float32 sums."""
 
     def apply(
         self,
-        x: jax.Array,
+        x: Float[Array, "G S d"],
         assignment: Assignment,
-        token_index: jax.Array,
+        token_index: Int[Array, "G S"],
         experts: Experts,
         axis: str,
-    ) -> tuple[jax.Array, dict[str, Mean]]:
+    ) -> tuple[Float[Array, "G S d"], dict[str, Mean]]:
         """See `moe_jax.dispatch.interface.Dispatch`: [G, S, d] to [G, S, d]."""
         if self.transport == Transport.RING:
             return self._ring(x, assignment, token_index, experts, axis), {}
@@ -156,7 +161,9 @@ def to_local(assignment: Assignment, experts: Experts, axis: str) -> Assignment:
     return jax.tree.map(lambda a: exchange(a, 2), assignment)
 
 
-def slot_table(assignment: TokenAssignment | ExpertAssignment, num_experts: int) -> jax.Array:
+def slot_table(
+    assignment: TokenAssignment | ExpertAssignment, num_experts: int
+) -> Int[Array, "{num_experts} C"]:
     """Which token sits in each slot of one group.
 
     Returns:
@@ -170,7 +177,9 @@ def slot_table(assignment: TokenAssignment | ExpertAssignment, num_experts: int)
     return empty.at[assignment.experts, assignment.position_in_expert].set(token, mode="drop")
 
 
-def slot_index(token_index: jax.Array, assignment: Assignment, num_experts: int) -> jax.Array:
+def slot_index(
+    token_index: Int[Array, " S"], assignment: Assignment, num_experts: int
+) -> Int[Array, "{num_experts} C"]:
     """[E, C] int32 index in the global batch of the token in each slot of one group."""
     if isinstance(assignment, SoftAssignment):
         return soft.slot_index(token_index, assignment)

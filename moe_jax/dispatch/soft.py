@@ -7,11 +7,12 @@ The two products take 4 * S * E * P * d operations, in float32 at full precision
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from moe_jax.routing.router import SoftAssignment
 
 
-def fill(x: jax.Array, assignment: SoftAssignment) -> jax.Array:
+def fill(x: Float[Array, "S d"], assignment: SoftAssignment) -> Float[Array, "E P d"]:
     """Each slot's mixture of tokens: [S, d] to [E, P, d] in x's dtype, summed in float32.
 
     x is the layer's input as it is, not the unit vectors that the router compares.
@@ -19,12 +20,12 @@ def fill(x: jax.Array, assignment: SoftAssignment) -> jax.Array:
     return _product("sep,sd->epd", assignment.dispatch, x)
 
 
-def combine(buffers: jax.Array, assignment: SoftAssignment) -> jax.Array:
+def combine(buffers: Float[Array, "E P d"], assignment: SoftAssignment) -> Float[Array, "S d"]:
     """Each token's mixture of slots: [E, P, d] to [S, d] in the same dtype, summed in float32."""
     return _product("sep,epd->sd", assignment.combine, buffers)
 
 
-def slot_index(token_index: jax.Array, assignment: SoftAssignment) -> jax.Array:
+def slot_index(token_index: Int[Array, " S"], assignment: SoftAssignment) -> Int[Array, "E P"]:
     """[E, P] int32 that stands for a token index where no one token sits in a slot.
 
     The index of the group's first token plus p: as long as P <= S, no two slots of an expert share

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from moe_jax.dispatch.grouped_matmul.blocks import GemmBlock, for_each_block
 from moe_jax.dispatch.interface import Network, batched_product, run
@@ -46,8 +47,8 @@ class Rows:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gated_sums(
-    network: Network, weights: Any, x: jax.Array, gates: jax.Array, rows: Rows
-) -> jax.Array:
+    network: Network, weights: Any, x: Float[Array, "T d"], gates: Float[Array, "T K"], rows: Rows
+) -> Float[Array, "T d"]:
     """Each token's gate-weighted sum of expert outputs.
 
     Args:

@@ -4,9 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 
-def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def varying_alike(*arrays: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."], ...]:
     """The arrays, said to vary over every mesh axis that one of them varies over.
 
     Custom gradients want it, because the gradient of an array has the array's type: said before
@@ -20,7 +21,9 @@ def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-def varying_zeros(shape: tuple[int, ...], dtype: Any, *like: jax.Array) -> jax.Array:
+def varying_zeros(
+    shape: tuple[int, ...], dtype: Any, *like: Shaped[Array, "..."]
+) -> Shaped[Array, "..."]:
     """Zeros that vary over every mesh axis that one of `like` varies over.
 
     A loop must start with a carry of the type that its body returns.

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.component import Component
 from moe_jax.errors import UserError
@@ -54,7 +55,7 @@ class AttentionInputs:
     view: CacheView | None
     bias: jax.Array | None
 
-    def query_and_key_index(self) -> tuple[jax.Array, jax.Array]:
+    def query_and_key_index(self) -> tuple[Int[Array, " L"], Int[Array, " M"]]:
         """[L] and [M] int32: where queries and keys stand in the row, or in the cache."""
         length = self.positions.shape[1]
         if self.view is None:
@@ -80,7 +81,7 @@ class AttentionConfig(Component, abc.ABC):
         num_heads: int,
         head_width: int,
         scale: Scale,
-        key: jax.Array,
+        key: Key[Array, ""],
         causal: bool,
     ) -> Any:
         """Draws the parameters."""
@@ -167,7 +168,7 @@ class MultiHead(AttentionConfig):
         num_heads: int,
         head_width: int,
         scale: Scale,
-        key: jax.Array,
+        key: Key[Array, ""],
         causal: bool,
     ) -> "Attention":
         """See `AttentionConfig`.
@@ -236,7 +237,7 @@ class Attention(nnx.Module):
         num_heads: int,
         head_width: int,
         scale: Scale,
-        key: jax.Array,
+        key: Key[Array, ""],
         causal: bool,
     ) -> None:
         qkv_key, out_key = jax.random.split(key)
@@ -283,8 +284,8 @@ class Attention(nnx.Module):
 
     @jax.named_scope("attention")
     def __call__(
-        self, x: jax.Array, inputs: AttentionInputs, cache: KeyValues | None = None
-    ) -> tuple[jax.Array, KeyValues | None]:
+        self, x: Float[Array, "B L d"], inputs: AttentionInputs, cache: KeyValues | None = None
+    ) -> tuple[Float[Array, "B L d"], KeyValues | None]:
         """[B, L, d] to [B, L, d], and the cache with this call's keys and values."""
         config: MultiHead = self.config
         query, key, value = self._projected(x)
@@ -352,7 +353,7 @@ class Attention(nnx.Module):
         return y + self.out_bias[...].astype(y.dtype) if self.config.out_bias else y
 
 
-def readable(length: int, inputs: AttentionInputs) -> jax.Array | None:
+def readable(length: int, inputs: AttentionInputs) -> Bool[Array, "B 1 _ M"] | None:
     """[B, 1, L or 1, M] bool, keys that may be read beside the causal rule; None for all.
 
     With a cache: positions that are filled and not after the query's own.

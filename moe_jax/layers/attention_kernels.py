@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
 
 from moe_jax.parallel.mesh import (
     MODEL,
@@ -28,17 +29,20 @@ _LOG = logging.getLogger(__name__)
 # Rows of scores that a splash kernel holds at once, from the largest that divides the length.
 SPLASH_BLOCKS = (512, 256, 128)
 
+# What is asked of arguments can be asked before there are any.
+ArrayOrShape = Array | jax.ShapeDtypeStruct
+
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[Array, "B L H h"],
+    key: Float[Array, "B M J h"],
+    value: Float[Array, "B M J v"],
     *,
-    bias: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    bias: Float[Array, "#B #H #L #M"] | None = None,
+    mask: Bool[Array, "#B #H #L #M"] | None = None,
     causal: bool = False,
     scale: float | None = None,
-) -> jax.Array:
+) -> Float[Array, "B L H v"]:
     """Scaled dot-product attention, grouped-query where keys have fewer heads.
 
     On GPUs cuDNN's flash attention, on TPUs splash attention, wherever they can do what is asked;
@@ -80,11 +84,11 @@ def attend(
 
 
 def obstacle_to_cudnn(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
+    query: Float[ArrayOrShape, "B L H h"],
+    key: Float[ArrayOrShape, "B M J h"],
+    value: Float[ArrayOrShape, "B M J v"],
+    bias: Float[ArrayOrShape, "#B #H #L #M"] | None,
+    mask: Bool[ArrayOrShape, "#B #H #L #M"] | None,
     capability: float,
 ) -> str:
     """What of the arguments of `attend` cuDNN cannot do; empty where it can do all."""
@@ -108,7 +112,10 @@ def obstacle_to_cudnn(
 
 
 def obstacle_to_splash(
-    query: jax.Array, key: jax.Array, bias: jax.Array | None, mask: jax.Array | None
+    query: Float[ArrayOrShape, "B L H h"],
+    key: Float[ArrayOrShape, "B M J h"],
+    bias: Float[ArrayOrShape, "#B #H #L #M"] | None,
+    mask: Bool[ArrayOrShape, "#B #H #L #M"] | None,
 ) -> str:
     """What of the arguments of `attend` splash attention cannot do; empty where it can do all."""
     mesh = mesh_in_force()
@@ -132,21 +139,21 @@ def obstacle_to_splash(
 
 
 def in_splash(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None,
+    query: Float[Array, "B L H h"],
+    key: Float[Array, "B M J h"],
+    value: Float[Array, "B M J v"],
+    mask: Bool[Array, "#B 1 1 M"] | None,
     causal: bool,
     scale: float,
     interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B L H v"]:
     """`attend` on TPUs, where `obstacle_to_splash` finds none.
 
     Rows are split over `data` and `expert`, heads over `model`; nothing moves between devices.
 
     Args:
       query, key, value, causal, scale: as of `attend`.
-      mask: [B or 1, 1, 1, M] bool, or None.
+      mask: of keys alone; None for none.
       interpret: run the kernel's program on a CPU.
     """
     batch, length = query.shape[:2]

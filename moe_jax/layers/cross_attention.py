@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
 
 from moe_jax.layers.attention import KeyValues
 from moe_jax.layers.attention_kernels import attend
@@ -31,7 +32,7 @@ class CrossAttention(nnx.Module):
         head_width: int,
         scaled: bool,
         scale: Scale,
-        key: jax.Array,
+        key: Key[Array, ""],
     ) -> None:
         """Draws the parameters; `scaled` divides scores by sqrt(h)."""
         query_key, kv_key, out_key = jax.random.split(key, 3)
@@ -48,14 +49,16 @@ class CrossAttention(nnx.Module):
         self.scaled = scaled
 
     @jax.named_scope("cross_attention")
-    def keys_and_values(self, memory: jax.Array) -> KeyValues:
+    def keys_and_values(self, memory: Float[Array, "B M d"]) -> KeyValues:
         """Of the memory [B, M, d]; decoding computes them once."""
         key_value = jnp.einsum("bmd,dnHh->nbmHh", memory, self.key_value[...].astype(memory.dtype))
         keys, values = (constrain(p, "batch", "length", "heads", "head") for p in key_value)
         return KeyValues(keys, values)
 
     @jax.named_scope("cross_attention")
-    def __call__(self, x: jax.Array, memory: KeyValues, mask: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B L d"], memory: KeyValues, mask: Bool[Array, "B M"] | None
+    ) -> Float[Array, "B L d"]:
         """[B, L, d] to [B, L, d]; mask [B, M] bool, False for the memory's padding."""
         query = jnp.einsum("bld,dHh->blHh", x, self.query[...].astype(x.dtype))
         attended = attend(

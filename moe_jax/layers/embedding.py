@@ -8,6 +8,7 @@ import enum
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.errors import UserError
 from moe_jax.layers.initializers import Scale, scaled_truncated_normal
@@ -39,7 +40,7 @@ class TokenEmbedding(nnx.Module):
         vocab_size: int,
         width: int,
         scale: Scale,
-        key: jax.Array,
+        key: Key[Array, ""],
         *,
         tied: bool = True,
         scaling: EmbeddingScaling = EmbeddingScaling.INPUTS,
@@ -55,7 +56,7 @@ class TokenEmbedding(nnx.Module):
         self.scaling = scaling
 
     @jax.named_scope("embedding")
-    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, tokens: Int[Array, "B L"], dtype: jnp.dtype) -> Float[Array, "B L d"]:
         """Ids [B, L] int32 to vectors [B, L, d]."""
         table = self.table[...].astype(dtype)
         rows = table[tokens]
@@ -64,7 +65,7 @@ class TokenEmbedding(nnx.Module):
         return rows
 
     @jax.named_scope("logits")
-    def logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: Float[Array, "B L d"]) -> Float[Array, "B L V"]:
         """[B, L, d] to [B, L, V] float32."""
         output = self.table if self.output is None else self.output
         logits = jnp.einsum(
@@ -82,13 +83,13 @@ class LearnedPositions(nnx.Module):
       table: [length, d] float32, normal of deviation 0.02 (GPT-2, ViT).
     """
 
-    def __init__(self, length: int, width: int, key: jax.Array) -> None:
+    def __init__(self, length: int, width: int, key: Key[Array, ""]) -> None:
         self.table = nnx.Param(
             0.02 * jax.random.normal(key, (length, width)), axes=("positions", "embed")
         )
 
     @jax.named_scope("embedding")
-    def __call__(self, positions: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, positions: Int[Array, "B L"], dtype: jnp.dtype) -> Float[Array, "B L d"]:
         """Positions [B, L] int32, below `length`, to vectors [B, L, d]."""
         return self.table[...].astype(dtype)[positions]
 

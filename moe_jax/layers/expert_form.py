@@ -1,6 +1,6 @@
 """What an expert is: the contract of `MoEConfig.experts`, and experts that are any NNX module.
 
-Axis letters: E experts, of which a device has E/X; R rows, d width.
+Axis letters: E experts, of which a device has E/X (E_X in annotations); R rows, d width.
 """
 
 import abc
@@ -9,6 +9,7 @@ import math
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float, Key, Shaped
 
 from moe_jax.component import Component
 from moe_jax.dispatch.interface import Network, Product
@@ -34,8 +35,13 @@ class ExpertForm(Component, abc.ABC):
 
     @abc.abstractmethod
     def draw(
-        self, leading: tuple[int, ...], width: int, mlp_width: int, scale: Scale, key: jax.Array
-    ) -> dict[str, jax.Array]:
+        self,
+        leading: tuple[int, ...],
+        width: int,
+        mlp_width: int,
+        scale: Scale,
+        key: Key[Array, ""],
+    ) -> dict[str, Shaped[Array, "..."]]:
         """The initial arrays of many experts.
 
         Args:
@@ -62,7 +68,7 @@ class ModuleForm(ExpertForm):
     """
 
     @abc.abstractmethod
-    def build(self, width: int, mlp_width: int, key: jax.Array) -> nnx.Module:
+    def build(self, width: int, mlp_width: int, key: Key[Array, ""]) -> nnx.Module:
         """One expert: a module whose only variables are `nnx.Param`, called with rows [R, d] alone."""
 
     @property
@@ -76,8 +82,13 @@ class ModuleForm(ExpertForm):
         return {name: ("experts", *["features"] * leaf.ndim) for name, leaf in shapes.items()}
 
     def draw(
-        self, leading: tuple[int, ...], width: int, mlp_width: int, scale: Scale, key: jax.Array
-    ) -> dict[str, jax.Array]:
+        self,
+        leading: tuple[int, ...],
+        width: int,
+        mlp_width: int,
+        scale: Scale,
+        key: Key[Array, ""],
+    ) -> dict[str, Shaped[Array, "..."]]:
         """See `ExpertForm.draw`; the module has its own initial values, so `scale` is not read."""
         keys = jax.random.split(jax.random.fold_in(key, 5), math.prod(leading))
         drawn = jax.vmap(lambda k: self._arrays_of(self.build(width, mlp_width, k)))(keys)
@@ -88,8 +99,12 @@ class ModuleForm(ExpertForm):
         return ModuleExpert(self, width, mlp_width)
 
     def apply(
-        self, arrays: dict[str, jax.Array], rows: jax.Array, width: int, mlp_width: int
-    ) -> jax.Array:
+        self,
+        arrays: dict[str, Shaped[Array, "..."]],
+        rows: Float[Array, "R d"],
+        width: int,
+        mlp_width: int,
+    ) -> Float[Array, "R d"]:
         """One expert with its arrays on rows [R, d]: [R, d]."""
         module = self._abstract(width, mlp_width)
         definition, state = nnx.split(module)
@@ -128,18 +143,21 @@ class ModuleExpert:
     mlp_width: int
 
     def up(
-        self, weights: dict[str, jax.Array], rows: jax.Array, product: Product
-    ) -> dict[str, jax.Array]:
+        self,
+        weights: dict[str, Shaped[Array, "..."]],
+        rows: Float[Array, "E_X R d"],
+        product: Product,
+    ) -> dict[str, Float[Array, "E_X R d"]]:
         """The rows as they are: the module is one step."""
         return {"rows": rows}
 
     def down(
         self,
-        weights: dict[str, jax.Array],
-        hidden: dict[str, jax.Array],
-        keys: jax.Array | None,
+        weights: dict[str, Shaped[Array, "..."]],
+        hidden: dict[str, Float[Array, "E_X R d"]],
+        keys: Key[Array, "E_X R"] | None,
         product: Product,
-    ) -> jax.Array:
+    ) -> Float[Array, "E_X R d"]:
         """[E/X, R, d] to [E/X, R, d], this device's share of a sum over `model`."""
 
         def one(arrays: dict[str, jax.Array], rows: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Key
 
 from moe_jax import special_functions
 from moe_jax.dispatch.interface import Product
@@ -29,7 +30,7 @@ class Activation(enum.StrEnum):
     GELU_EXACT = "gelu_exact"
     SILU = "silu"
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:  # type: ignore[override]
         """Applies it elementwise."""
         return _FUNCTIONS[self](x)
 
@@ -99,8 +100,13 @@ class FeedForwardForm(ExpertForm):
         return {name: EXPERT_AXES[name] for name in self.shapes(1, 1)}
 
     def draw(
-        self, leading: tuple[int, ...], width: int, mlp_width: int, scale: Scale, key: jax.Array
-    ) -> dict[str, jax.Array]:
+        self,
+        leading: tuple[int, ...],
+        width: int,
+        mlp_width: int,
+        scale: Scale,
+        key: Key[Array, ""],
+    ) -> dict[str, Float[Array, "..."]]:
         """See `ExpertForm.draw`."""
         _, in_key, out_key = jax.random.split(key, 3)
         keys = {"w_in": in_key, "w_out": out_key, "w_gate": jax.random.fold_in(key, 4)}
@@ -115,12 +121,14 @@ class FeedForwardForm(ExpertForm):
         """See `ExpertForm.network`."""
         return FeedForwardExpert(self, dropout_rate)
 
-    def initial_bias(self, name: str, shape: tuple[int, ...]) -> jax.Array:
+    def initial_bias(self, name: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Biases start where they change nothing: at 0, or at 1 where they multiply."""
         multiplies = name == "b_hidden" and self.hidden_bias == HiddenBias.MULTIPLICATIVE
         return jnp.ones(shape) if multiplies else jnp.zeros(shape)
 
-    def with_hidden_bias(self, hidden: jax.Array, b_hidden: jax.Array) -> jax.Array:
+    def with_hidden_bias(
+        self, hidden: Float[Array, "*rows f"], b_hidden: Float[Array, "... f"]
+    ) -> Float[Array, "*rows f"]:
         """Adds or multiplies; shapes broadcast."""
         if self.hidden_bias == HiddenBias.MULTIPLICATIVE:
             return hidden * b_hidden
@@ -144,7 +152,7 @@ class FeedForward(nnx.Module):
         form: FeedForwardForm,
         dropout_rate: float,
         scale: Scale,
-        key: jax.Array,
+        key: Key[Array, ""],
     ) -> None:
         in_key, out_key = jax.random.split(key)
         keys = {"w_in": in_key, "w_out": out_key, "w_gate": jax.random.fold_in(key, 2)}
@@ -159,7 +167,9 @@ class FeedForward(nnx.Module):
                 value, of_hidden = form.initial_bias(name, shape), ("mlp",)
             setattr(self, name, nnx.Param(value, axes=axes.get(name, of_hidden)))
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B L d"], key: Key[Array, ""] | None
+    ) -> Float[Array, "B L d"]:
         """[B, L, d] to [B, L, d]; `key` None switches dropout off."""
         form: FeedForwardForm = self.form
         hidden = self._up("in", x)
@@ -198,8 +208,11 @@ class FeedForwardExpert:
     dropout_rate: float
 
     def up(
-        self, weights: dict[str, jax.Array], rows: jax.Array, product: Product
-    ) -> dict[str, jax.Array]:
+        self,
+        weights: dict[str, Float[Array, "..."]],
+        rows: Float[Array, "*rows d"],
+        product: Product,
+    ) -> dict[str, Float[Array, "*rows f"]]:
         """[..., d] to what the activation is applied to, and the gated half: [..., f/model] each."""
         hidden = {}
         for name in ("in", "gate") if self.form.gated else ("in",):
@@ -210,11 +223,11 @@ class FeedForwardExpert:
 
     def down(
         self,
-        weights: dict[str, jax.Array],
-        hidden: dict[str, jax.Array],
-        keys: jax.Array | None,
+        weights: dict[str, Float[Array, "..."]],
+        hidden: dict[str, Float[Array, "*rows f"]],
+        keys: Key[Array, "*rows"] | None,
         product: Product,
-    ) -> jax.Array:
+    ) -> Float[Array, "*rows d"]:
         """[..., f/model] to [..., d]."""
         if self.form.gated:
             active = self.form.activation(hidden["gate"]) * hidden["in"]

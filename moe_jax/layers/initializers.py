@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+from jaxtyping import Array, Float, Key
 
 # Standard deviation of a normal truncated at 2, so that truncation does not shrink the variance.
 _TRUNCATED_STD = 0.87962566103423978
@@ -21,8 +22,8 @@ Scale = float | Deviation
 
 
 def scaled_truncated_normal(
-    key: jax.Array, shape: tuple[int, ...], fan_in: int, scale: Scale
-) -> jax.Array:
+    key: Key[Array, ""], shape: tuple[int, ...], fan_in: int, scale: Scale
+) -> Float[Array, "..."]:
     """Truncated normal at two deviations with variance scale / fan_in (Switch section 2.4).
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Key
 
 from moe_jax.component import field
 from moe_jax.errors import UserError
@@ -65,7 +66,7 @@ class MultiHeadLatent(AttentionConfig):
         num_heads: int,
         head_width: int,
         scale: Scale,
-        key: jax.Array,
+        key: Key[Array, ""],
         causal: bool,
     ) -> "LatentAttention":
         """See `AttentionConfig`."""
@@ -117,7 +118,7 @@ class LatentAttention(nnx.Module):
         width: int,
         num_heads: int,
         scale: Scale,
-        key: jax.Array,
+        key: Key[Array, ""],
         causal: bool,
     ) -> None:
         down_key, query_key, kv_down_key, kv_key, out_key = jax.random.split(key, 5)
@@ -149,8 +150,8 @@ class LatentAttention(nnx.Module):
 
     @jax.named_scope("attention")
     def __call__(
-        self, x: jax.Array, inputs: AttentionInputs, cache: LatentCache | None = None
-    ) -> tuple[jax.Array, LatentCache | None]:
+        self, x: Float[Array, "B L d"], inputs: AttentionInputs, cache: LatentCache | None = None
+    ) -> tuple[Float[Array, "B L d"], LatentCache | None]:
         """[B, L, d] to [B, L, d], and the cache with this call's tokens."""
         config: MultiHeadLatent = self.config
         dtype = x.dtype

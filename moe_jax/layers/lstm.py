@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
 
 from moe_jax.layers.initializers import scaled_truncated_normal
 from moe_jax.parallel.sharding import constrain
@@ -51,7 +52,13 @@ class LSTM(nnx.Module):
     """
 
     def __init__(
-        self, width: int, units: int, output_width: int, scale: float, unroll: bool, key: jax.Array
+        self,
+        width: int,
+        units: int,
+        output_width: int,
+        scale: float,
+        unroll: bool,
+        key: Key[Array, ""],
     ) -> None:
         """Draws the parameters.
 
@@ -87,11 +94,11 @@ class LSTM(nnx.Module):
     @jax.named_scope("lstm")
     def __call__(
         self,
-        x: jax.Array,
-        mask: jax.Array,
+        x: Float[Array, "B L d"],
+        mask: Bool[Array, "B L"],
         state: LSTMState | None = None,
         reverse: bool = False,
-    ) -> tuple[jax.Array, LSTMState]:
+    ) -> tuple[Float[Array, "B L r"], LSTMState]:
         """Runs over time.
 
         Args:
@@ -125,7 +132,7 @@ class LSTM(nnx.Module):
             constrain(jnp.zeros((batch, output_width), dtype), "batch", "width"),
         )
 
-    def of_inputs(self, x: jax.Array) -> jax.Array:
+    def of_inputs(self, x: Float[Array, "B L d"]) -> Float[Array, "L B 4 u"]:
         """What the gates read of inputs [B, L, d], for all steps in one product: [L, B, 4, u]."""
         gates = jnp.einsum(
             "bld,dgu->lbgu", x, self.w_in[...].astype(x.dtype), preferred_element_type=jnp.float32

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.component import Component, field
 from moe_jax.dispatch.gather import Gather
@@ -181,12 +182,14 @@ class TokenInfo:
     sequence_ids: jax.Array
 
     @classmethod
-    def of(cls, token_ids: jax.Array, rows_mask: jax.Array | None = None) -> "TokenInfo":
+    def of(
+        cls, token_ids: Int[Array, "B L"], rows_mask: Bool[Array, " B"] | None = None
+    ) -> "TokenInfo":
         """For batches whose rows are one sequence each, all real tokens or all padding.
 
         Args:
           token_ids: [B, L] int32.
-          rows_mask: [B] bool, False for rows of padding; None for none.
+          rows_mask: False for rows of padding; None for none.
         """
         shape = token_ids.shape
         mask = jnp.ones(shape[:1], bool) if rows_mask is None else rows_mask
@@ -271,7 +274,7 @@ class MoE(nnx.Module):
         mlp_width: int,
         num_experts: int,
         scale: Scale = 1.0,
-        key: jax.Array | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> None:
         """Draws the parameters, laid out over the mesh where one is set (`jax.set_mesh`).
 
@@ -314,11 +317,11 @@ class MoE(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B L d"],
         info: TokenInfo | None = None,
         mode: Mode = Mode.EVALUATE,
-        key: jax.Array | None = None,
-    ) -> tuple[jax.Array, MoEReport]:
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B L d"], MoEReport]:
         """Applies the layer, inside `jax.jit` or outside, where it is compiled on its own.
 
         It runs on the mesh of `jax.set_mesh`, or else on one device. A layer that was built before

@@ -8,6 +8,7 @@ import enum
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 
 class Norm(enum.StrEnum):
@@ -31,7 +32,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width), axes=("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         """[..., d] to [..., d], dtype kept."""
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
@@ -51,7 +52,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width), axes=("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         """[..., d] to [..., d], dtype kept."""
         wide = x.astype(jnp.float32)
         normalized = jax.nn.standardize(wide, axis=-1, epsilon=self.epsilon)

@@ -6,9 +6,9 @@ Axis letters: B batch, L query length, M key length, H heads, h head width, d wi
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int, Key, Num
 
 from moe_jax.component import Component
 from moe_jax.errors import UserError
@@ -56,7 +56,7 @@ class RotaryScaling(Component):
                 f"beta_fast={self.beta_fast}."
             )
 
-    def frequencies(self, half: int, base: float) -> jax.Array:
+    def frequencies(self, half: int, base: float) -> Float[Array, " {half}"]:
         """[h/2] float32 radians per position of each pair."""
         plain = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
         if self.factor == 1:
@@ -86,11 +86,11 @@ class RotaryScaling(Component):
 
 
 def rotate(
-    x: jax.Array,
-    positions: jax.Array,
+    x: Float[Array, "B L H h"],
+    positions: Int[Array, "B L"],
     base: float = 10_000.0,
     scaling: RotaryScaling | None = None,
-) -> jax.Array:
+) -> Float[Array, "B L H h"]:
     """Rotary position embedding (Su et al. 2021, eq. 34), pairing entry i with i + h/2.
 
     The product of a rotated query and a rotated key depends on the difference of their positions.
@@ -122,12 +122,16 @@ class RelativeBias(nnx.Module):
     BUCKETS = 32
     MAX_DISTANCE = 128
 
-    def __init__(self, num_heads: int, bidirectional: bool, scale: Scale, key: jax.Array) -> None:
+    def __init__(
+        self, num_heads: int, bidirectional: bool, scale: Scale, key: Key[Array, ""]
+    ) -> None:
         table = scaled_truncated_normal(key, (self.BUCKETS, num_heads), self.BUCKETS, scale)
         self.table = nnx.Param(table, axes=("positions", "heads"))
         self.bidirectional = bidirectional
 
-    def __call__(self, query_index: jax.Array, key_index: jax.Array) -> jax.Array:
+    def __call__(
+        self, query_index: Int[Array, " L"], key_index: Int[Array, " M"]
+    ) -> Float[Array, "1 H L M"]:
         """[1, H, L, M] float32, to be added to scores; indices [L] and [M] int32."""
         distance = key_index[None, :] - query_index[:, None]
         bucket = relative_bucket(distance, self.bidirectional, self.BUCKETS, self.MAX_DISTANCE)
@@ -135,8 +139,8 @@ class RelativeBias(nnx.Module):
 
 
 def relative_bucket(
-    distance: jax.Array, bidirectional: bool, buckets: int, max_distance: int
-) -> jax.Array:
+    distance: Int[Array, "*shape"], bidirectional: bool, buckets: int, max_distance: int
+) -> Int[Array, "*shape"]:
     """Bucket of each distance (key minus query): exact when near, logarithmic when far.
 
     Half of a direction's buckets are for single distances from 0, the others grow up to
@@ -171,14 +175,19 @@ class RelativeScores(nnx.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, head_width: int, scale: Scale, key: jax.Array
+        self, width: int, num_heads: int, head_width: int, scale: Scale, key: Key[Array, ""]
     ) -> None:
         shape = (width, num_heads, head_width)
         self.projection = nnx.Param(
             scaled_truncated_normal(key, shape, width, scale), axes=("embed", "heads", "head")
         )
 
-    def __call__(self, query: jax.Array, query_index: jax.Array, key_index: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        query: Float[Array, "B L H h"],
+        query_index: Int[Array, " L"],
+        key_index: Int[Array, " M"],
+    ) -> Float[Array, "B H L M"]:
         """[B, H, L, M] scores, unscaled; query [B, L, H, h], indices [L] and [M] int32, M >= L."""
         projection = self.projection[...].astype(query.dtype)
         distances = jnp.arange(key_index.shape[0])
@@ -191,7 +200,7 @@ class RelativeScores(nnx.Module):
         return jnp.take_along_axis(scores, distance[None, None], axis=-1)
 
 
-def sinusoids(positions: jax.Array, width: int) -> jax.Array:
+def sinusoids(positions: Num[Array, " M"], width: int) -> Float[Array, "M {width}"]:
     """[M, d] float32 sines, then cosines, of [M] positions (Vaswani 2017, section 3.5)."""
     frequency = 10_000.0 ** (-jnp.arange(width // 2) / (width // 2))
     angle = positions[:, None] * frequency

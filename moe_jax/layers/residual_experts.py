@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from moe_jax.dispatch.interface import Product
 from moe_jax.layers.expert_form import ExpertForm
@@ -34,8 +35,13 @@ class ResidualForm(ExpertForm):
         return {name: (experts, "sublayers", *own) for name, (experts, *own) in axes.items()}
 
     def draw(
-        self, leading: tuple[int, ...], width: int, mlp_width: int, scale: Scale, key: jax.Array
-    ) -> dict[str, jax.Array]:
+        self,
+        leading: tuple[int, ...],
+        width: int,
+        mlp_width: int,
+        scale: Scale,
+        key: Key[Array, ""],
+    ) -> dict[str, Float[Array, "..."]]:
         """See `ExpertForm.draw`."""
         return self.one.draw((*leading, self.layers), width, mlp_width, scale, key)
 
@@ -58,7 +64,12 @@ class ResidualExpert:
     one: FeedForwardExpert
     layers: int
 
-    def up(self, weights: dict[str, jax.Array], rows: jax.Array, product: Product) -> Any:
+    def up(
+        self,
+        weights: dict[str, Float[Array, "..."]],
+        rows: Float[Array, "*rows d"],
+        product: Product,
+    ) -> Any:
         """All layers but the last, and the first half of that."""
         x = rows
         for i in range(self.layers - 1):
@@ -70,11 +81,11 @@ class ResidualExpert:
 
     def down(
         self,
-        weights: dict[str, jax.Array],
+        weights: dict[str, Float[Array, "..."]],
         hidden: Any,
-        keys: jax.Array | None,
+        keys: Key[Array, "*rows"] | None,
         product: Product,
-    ) -> jax.Array:
+    ) -> Float[Array, "*rows d"]:
         """The rest of the last layer; dropout is there only."""
         x, last = hidden
         y = self.one.down(_layer(weights, self.layers - 1), last, keys, product)

@@ -8,6 +8,7 @@ import enum
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Key
 
 from moe_jax.layers.feed_forward import FeedForward, FeedForwardForm
 from moe_jax.layers.initializers import Scale
@@ -50,13 +51,15 @@ class SharedExperts(nnx.Module):
         mix: BranchMix,
         dropout_rate: float,
         scale: Scale,
-        key: jax.Array,
+        key: Key[Array, ""],
     ) -> None:
         self.dense = FeedForward(width, mlp_width, form, dropout_rate, scale, key)
         zeros = jnp.zeros((width, mix.logits))
         self.mix = nnx.Param(zeros, axes=("router", "router")) if mix.logits else None
 
-    def __call__(self, x: jax.Array, routed: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B L d"], routed: Float[Array, "B L d"], key: Key[Array, ""] | None
+    ) -> Float[Array, "B L d"]:
         """Adds the branch: x and routed [B, L, d] to [B, L, d]; `key` None switches dropout off."""
         dense = self.dense(x, key)
         if self.mix is None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.component import field
 from moe_jax.errors import UserError
@@ -79,7 +80,7 @@ class BASE(Router):
                 f"router.auction_epsilon is {self.auction_epsilon}; it must be in [1e-5, 1]."
             )
 
-    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+    def init(self, key: Key[Array, ""], width: int, num_experts: int) -> Arrays:
         """weights: [d, E] float32."""
         weights = scores.initial_weights(key, width, num_experts, self.init_deviation)
         return {"weights": weights}
@@ -115,12 +116,12 @@ class _Offers(NamedTuple):
 
 
 def auction(
-    scores: jax.Array,
-    mask: jax.Array,
+    scores: Float[Array, "S E"],
+    mask: Bool[Array, " S"],
     per_expert: int,
-    epsilon: jax.Array | float,
+    epsilon: Float[Array, ""] | float,
     max_rounds: int,
-) -> jax.Array:
+) -> Int[Array, " S"]:
     """Gives each token one expert and no expert more than `per_expert`, at a large total score.
 
     In a round every token without a place bids for the expert that is worth most to it: score minus
@@ -134,7 +135,7 @@ def auction(
 
     Args:
       scores: [S, E] float32.
-      mask: [S] bool, False for padding, which does not bid.
+      mask: False for padding, which does not bid.
       per_expert: places of each expert; at least S / E.
       epsilon: [] what a bid is raised by; well above float32's rounding of the scores' differences.
       max_rounds: after so many, tokens without a place take the best expert with a place free.
@@ -194,7 +195,9 @@ def auction(
     return jax.lax.while_loop(lambda experts: waiting(experts).any(), take_what_is_left, experts)
 
 
-def sinkhorn(scores: jax.Array, mask: jax.Array, iterations: int) -> jax.Array:
+def sinkhorn(
+    scores: Float[Array, "S E"], mask: Bool[Array, " S"], iterations: int
+) -> Float[Array, "S E"]:
     """The transport plan of tokens to experts in which all experts get the same mass (Clark 2022).
 
     It maximises sum_se plan_se score_se plus the plan's entropy; exp(scores) with rows and columns
@@ -202,7 +205,7 @@ def sinkhorn(scores: jax.Array, mask: jax.Array, iterations: int) -> jax.Array:
 
     Args:
       scores: [S, E] float32.
-      mask: [S] bool, False for padding, which has no mass.
+      mask: False for padding, which has no mass.
       iterations: of one scaling of columns and one of rows each.
 
     Returns:

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores
@@ -24,8 +25,8 @@ from moe_jax.routing.token_choice import (
 
 
 def within_best_groups(
-    ranking: jax.Array, groups: int, groups_per_token: int, counted: int
-) -> jax.Array:
+    ranking: Float[Array, "S E"], groups: int, groups_per_token: int, counted: int
+) -> Float[Array, "S E"]:
     """Leaves a token the experts of its M best groups.
 
     Args:
@@ -176,7 +177,7 @@ class DeepSeekV3(TokenChoice):
             self, num_experts, self.groups, self.groups_per_token, "router.groups_per_token"
         )
 
-    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+    def init(self, key: Key[Array, ""], width: int, num_experts: int) -> Arrays:
         """weights: [d, E] float32."""
         return {"weights": scores.initial_weights(key, width, num_experts)}
 

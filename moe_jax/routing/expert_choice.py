@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
 
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores, statistics
@@ -73,7 +74,7 @@ class ExpertChoice(Router):
                 f"router.router_z_weight is {self.router_z_weight}; a coefficient is at least 0."
             )
 
-    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+    def init(self, key: Key[Array, ""], width: int, num_experts: int) -> Arrays:
         """weights: [d, E] float32."""
         return {"weights": scores.initial_weights(key, width, num_experts)}
 
@@ -96,14 +97,17 @@ class ExpertChoice(Router):
 
 
 def largest(
-    ranking: jax.Array, probabilities: jax.Array, mask: jax.Array, capacity: int
+    ranking: Float[Array, "S E"],
+    probabilities: Float[Array, "S E"],
+    mask: Bool[Array, " S"],
+    capacity: int,
 ) -> ExpertAssignment:
     """Each expert's C tokens of largest rank, the first of equals.
 
     Args:
       ranking: [S, E] float32, carries no gradient; -inf where the expert must not take the token.
       probabilities: [S, E] float32, the gates.
-      mask: [S] bool, False for padding, which is never taken.
+      mask: False for padding, which is never taken.
       capacity: C, at most S.
     """
     ranking = jnp.where(mask[:, None], jax.lax.stop_gradient(ranking), -jnp.inf)
@@ -113,7 +117,9 @@ def largest(
     return ExpertAssignment(jnp.where(taken, tokens, len(mask)), jnp.where(taken, gates, 0.0))
 
 
-def capped_ranking(probabilities: jax.Array, mask: jax.Array, capacity: int, cap: int) -> jax.Array:
+def capped_ranking(
+    probabilities: Float[Array, "S E"], mask: Bool[Array, " S"], capacity: int, cap: int
+) -> Float[Array, "S E"]:
     """[S, E] by which experts rank tokens so that few tokens have more than `cap` experts.
 
     The plan's logarithm, which puts the same tokens first and has no ties where the plan is 1. Where
@@ -126,7 +132,9 @@ def capped_ranking(probabilities: jax.Array, mask: jax.Array, capacity: int, cap
     return jnp.where(_can_fill(mask, num_experts, capacity, cap) | best, plan, -jnp.inf)
 
 
-def capped_plan(probabilities: jax.Array, mask: jax.Array, capacity: int, cap: int) -> jax.Array:
+def capped_plan(
+    probabilities: Float[Array, "S E"], mask: Bool[Array, " S"], capacity: int, cap: int
+) -> Float[Array, "S E"]:
     """The capped variant's plan A: which fractions of which tokens experts take (Zhou et al. 2022).
 
     A [S, E] maximises sum_se p[s, e] A[s, e] + lambda H(A), lambda = 0.001, where H is the entropy
@@ -158,8 +166,8 @@ def capped_plan(probabilities: jax.Array, mask: jax.Array, capacity: int, cap: i
 
 
 def log_capped_plan(
-    probabilities: jax.Array, mask: jax.Array, capacity: int, cap: int
-) -> jax.Array:
+    probabilities: Float[Array, "S E"], mask: Bool[Array, " S"], capacity: int, cap: int
+) -> Float[Array, "S E"]:
     """log A of `capped_plan`, before its upper bound: above 0 where A is 1; below -1e8 for padding.
 
     A is min(1, exp((p - token_price + expert_bias) / lambda)), and each projection is the exact

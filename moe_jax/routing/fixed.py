@@ -16,6 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.errors import UserError
 from moe_jax.routing import priority, statistics
@@ -26,7 +27,11 @@ from moe_jax.routing.token_choice import validate_k
 
 
 def left_to_right(
-    experts: jax.Array, gates: jax.Array, logits: jax.Array, mask: jax.Array, capacity: int
+    experts: Int[Array, "S K"],
+    gates: Float[Array, "S K"],
+    logits: Float[Array, "S E"],
+    mask: Bool[Array, " S"],
+    capacity: int,
 ) -> Routing:
     """The routing without losses in which tokens are served in their order.
 
@@ -35,7 +40,7 @@ def left_to_right(
       gates: [S, K] float32.
       logits: [S, E] float32; their softmax is `Routing.probabilities`. Routers that learn nothing
         give log-probabilities, of which the logsumexp is 0.
-      mask: [S] bool, False for padding.
+      mask: False for padding.
       capacity: C.
     """
     slots = priority.position_in_expert(experts, mask, logits.shape[1], capacity)
@@ -130,7 +135,7 @@ class HashRouter(Router):
 @functools.lru_cache(maxsize=64)  # One entry per MoE layer's router; layers mostly share one.
 def expert_of_id(
     kind: HashKind, vocab_size: int, num_experts: int, seed: int, token_counts: tuple[int, ...]
-) -> np.ndarray:
+) -> Int[np.ndarray, " {vocab_size}"]:
     """[V] int32, the expert of each id; arguments as the fields of `HashRouter`."""
     match kind:
         case HashKind.RANDOM:

@@ -17,6 +17,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.component import Component
 from moe_jax.errors import UserError
@@ -85,7 +86,9 @@ class Losses(Component):
 _NAMES = [field.name for field in dataclasses.fields(Losses) if field.type is float]
 
 
-def load_balancing(probabilities: jax.Array, experts: jax.Array, mask: jax.Array) -> Mean:
+def load_balancing(
+    probabilities: Float[Array, "S E"], experts: Int[Array, "S K"], mask: Bool[Array, " S"]
+) -> Mean:
     """E * sum_e f_e P_e (Switch eq. 4-6, coefficient 1e-2); 1 at perfect balance.
 
     f_e is the fraction of tokens whose FIRST choice is e, counted before any drop; P_e is the mean
@@ -94,7 +97,7 @@ def load_balancing(probabilities: jax.Array, experts: jax.Array, mask: jax.Array
     Args:
       probabilities: [S, E] float32, rows sum to 1.
       experts: [S, K] int32 chosen experts, first choice first; E for no choice.
-      mask: [S] bool, False for padding.
+      mask: False for padding.
 
     Returns:
       The group's loss with count 1, or 0 with count 0 for a group of padding: groups weigh alike.
@@ -103,7 +106,7 @@ def load_balancing(probabilities: jax.Array, experts: jax.Array, mask: jax.Array
 
 
 def load_balancing_all_choices(
-    probabilities: jax.Array, experts: jax.Array, mask: jax.Array
+    probabilities: Float[Array, "S E"], experts: Int[Array, "S K"], mask: Bool[Array, " S"]
 ) -> Mean:
     """As `load_balancing`, but f_e counts all K choices (flaxformer); K at balance.
 
@@ -113,7 +116,9 @@ def load_balancing_all_choices(
     return _balance(probabilities, experts, mask, scale=1.0)
 
 
-def expert_level(probabilities: jax.Array, experts: jax.Array, mask: jax.Array) -> Mean:
+def expert_level(
+    probabilities: Float[Array, "S E"], experts: Int[Array, "S K"], mask: Bool[Array, " S"]
+) -> Mean:
     """sum_e f_e P_e with f_e = E / (K T) * (tokens that chose e) (DeepSeekMoE eq. 12-14).
 
     1 at perfect balance whatever K is; coefficient 1e-2 (2B), 1e-3 (16B), 3e-3 (145B). MegaBlocks
@@ -132,7 +137,10 @@ def _balance(probabilities: jax.Array, experts: jax.Array, mask: jax.Array, scal
 
 
 def device_level(
-    probabilities: jax.Array, experts: jax.Array, mask: jax.Array, devices: int
+    probabilities: Float[Array, "S E"],
+    experts: Int[Array, "S K"],
+    mask: Bool[Array, " S"],
+    devices: int,
 ) -> Mean:
     """sum_i f'_i P'_i over devices (DeepSeekMoE eq. 15-17); 1 at perfect balance.
 
@@ -151,9 +159,9 @@ def device_level(
 
 
 def communication(
-    probabilities: jax.Array,
-    experts: jax.Array,
-    mask: jax.Array,
+    probabilities: Float[Array, "S E"],
+    experts: Int[Array, "S K"],
+    mask: Bool[Array, " S"],
     devices: int,
     devices_per_token: int,
 ) -> Mean:
@@ -175,7 +183,10 @@ def communication(
 
 
 def sequence_wise(
-    probabilities: jax.Array, experts: jax.Array, mask: jax.Array, sequence_ids: jax.Array
+    probabilities: Float[Array, "S E"],
+    experts: Int[Array, "S K"],
+    mask: Bool[Array, " S"],
+    sequence_ids: Int[Array, " S"],
 ) -> Mean:
     """`expert_level` of each sequence, averaged over sequences (DeepSeek-V3 eq. 17-20).
 
@@ -185,7 +196,7 @@ def sequence_wise(
     Args:
       probabilities: [S, E] float32, rows sum to 1 (V3: sigmoid scores over their sum).
       experts: [S, K] int32; E for no choice.
-      mask: [S] bool, False for padding.
+      mask: False for padding.
       sequence_ids: [S] int32, tokens of a sequence are consecutive.
 
     Returns:
@@ -208,7 +219,7 @@ def sequence_wise(
     return Mean(num_experts / experts.shape[1] * products, (length > 0).sum(dtype=jnp.float32))
 
 
-def importance(probabilities: jax.Array, mask: jax.Array) -> Mean:
+def importance(probabilities: Float[Array, "S E"], mask: Bool[Array, " S"]) -> Mean:
     """Squared coefficient of variation over experts of sum_s p_se (Shazeer eq. 6-7, V-MoE).
 
     0 at perfect balance, where its gradient is finite (0); E - 1 when one expert has everything.
@@ -216,13 +227,16 @@ def importance(probabilities: jax.Array, mask: jax.Array) -> Mean:
 
     Args:
       probabilities: [S, E] float32, noise-free.
-      mask: [S] bool, False for padding.
+      mask: False for padding.
     """
     return Mean.of_group(squared_variation(Mean.of(probabilities, mask).value()), mask)
 
 
 def load(
-    logits: jax.Array, threshold: jax.Array, deviation: jax.Array | float, mask: jax.Array
+    logits: Float[Array, "S E"],
+    threshold: Float[Array, " S #E"],
+    deviation: Float[Array, "S E"] | float,
+    mask: Bool[Array, " S"],
 ) -> Mean:
     """Squared variation of the expected load under new noise (V-MoE eq. 10-13, Shazeer eq. 8-11).
 
@@ -234,13 +248,13 @@ def load(
       logits: [S, E] float32, noise-free.
       threshold: [S, 1] or [S, E] noisy logit that an expert must exceed to be chosen.
       deviation: of the noise, a number or [S, E].
-      mask: [S] bool, False for padding.
+      mask: False for padding.
     """
     chance = normal_cdf((logits - threshold) / deviation)
     return Mean.of_group(squared_variation(Mean.of(chance, mask).value()), mask)
 
 
-def squared_variation(values: jax.Array) -> jax.Array:
+def squared_variation(values: Float[Array, " E"]) -> Float[Array, ""]:
     """(population standard deviation / mean)^2 of [E], as variance / mean^2.
 
     A standard deviation would have an infinite derivative where all values are equal; 0 where all
@@ -251,14 +265,14 @@ def squared_variation(values: jax.Array) -> jax.Array:
     return jnp.mean(((values - mean) / jnp.where(mean == 0, 1.0, mean)) ** 2)
 
 
-def router_z(logits: jax.Array, mask: jax.Array) -> Mean:
+def router_z(logits: Float[Array, "S E"], mask: Bool[Array, " S"]) -> Mean:
     """Mean over tokens of logsumexp(logits)^2 (ST-MoE eq. 5, coefficient 1e-3).
 
     (ln E)^2 where all logits are 0.
 
     Args:
       logits: [S, E] float32.
-      mask: [S] bool, False for padding.
+      mask: False for padding.
     """
     return Mean.of(jax.nn.logsumexp(logits, axis=-1) ** 2, mask)
 

@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
 
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores
@@ -26,8 +27,12 @@ NO_THRESHOLD = -1e9
 
 
 def noisy_logits(
-    x: jax.Array, weights: jax.Array, noise_weights: jax.Array, key: jax.Array, train: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x: Float[Array, "S d"],
+    weights: Float[Array, " d *E"],
+    noise_weights: Float[Array, " d *E"],
+    key: Key[Array, ""],
+    train: bool,
+) -> tuple[Float[Array, " S *E"], Float[Array, " S *E"], Float[Array, " S *E"]]:
     """H = x W_g + N(0, 1) * softplus(x W_noise) (eq. 4).
 
     Args:
@@ -46,7 +51,7 @@ def noisy_logits(
     return clean, clean + noise, deviation
 
 
-def kth_excluding(values: jax.Array, k: int) -> jax.Array:
+def kth_excluding(values: Float[Array, "*rows E"], k: int) -> Float[Array, "*rows E"]:
     """The K-th largest of a row without the entry itself, which it must exceed to be kept (eq. 9).
 
     Args:
@@ -64,18 +69,20 @@ def kth_excluding(values: jax.Array, k: int) -> jax.Array:
     return jnp.where(values > next_best, next_best, kth)
 
 
-def kept_by_top_k(values: jax.Array, k: int) -> jax.Array:
+def kept_by_top_k(values: Float[Array, "*rows E"], k: int) -> Bool[Array, "*rows E"]:
     """[..., E] bool, True for exactly K entries of a row: the largest, of equal ones the first."""
     _, best = jax.lax.top_k(values, k)
     return jax.nn.one_hot(best, values.shape[-1], dtype=jnp.bool_).any(axis=-2)
 
 
-def log_gates(values: jax.Array, kept: jax.Array) -> jax.Array:
+def log_gates(
+    values: Float[Array, "*rows E"], kept: Bool[Array, "*rows E"]
+) -> Float[Array, "*rows E"]:
     """Logarithm of softmax(KeepTopK(H, K)) (eq. 3 and 5); the kept gates of a row sum to 1.
 
     Args:
       values: [..., E] float32 H.
-      kept: [..., E] bool from `kept_by_top_k`.
+      kept: from `kept_by_top_k`.
 
     Returns:
       [..., E] float32, at most 0. Entries that are not kept are finite too: what they would weigh
@@ -85,7 +92,10 @@ def log_gates(values: jax.Array, kept: jax.Array) -> jax.Array:
 
 
 def hierarchical_load(
-    primary: jax.Array, secondary: jax.Array, chosen: jax.Array, mask: jax.Array
+    primary: Float[Array, "S A"],
+    secondary: Float[Array, "S A B"],
+    chosen: Bool[Array, "S A"],
+    mask: Bool[Array, " S"],
 ) -> Mean:
     """Squared coefficient of variation over all E experts of Load_H (appendix B).
 
@@ -95,8 +105,8 @@ def hierarchical_load(
     Args:
       primary: [S, A] float32 chance that a token chooses a group, from `chance_kept`.
       secondary: [S, A, B] float32 chance that it chooses an expert, once it is in the group.
-      chosen: [S, A] bool, True where the token did choose the group.
-      mask: [S] bool, False for padding.
+      chosen: True where the token did choose the group.
+      mask: False for padding.
     """
     members = (chosen & mask[:, None]).astype(jnp.float32)
     within = (secondary * members[..., None]).sum(axis=0)
@@ -106,7 +116,12 @@ def hierarchical_load(
     return Mean.of_group(losses.squared_variation(load.reshape(-1)), mask)
 
 
-def chance_kept(clean: jax.Array, noisy: jax.Array, deviation: jax.Array, k: int) -> jax.Array:
+def chance_kept(
+    clean: Float[Array, "*rows E"],
+    noisy: Float[Array, "*rows E"],
+    deviation: Float[Array, "*rows E"],
+    k: int,
+) -> Float[Array, "*rows E"]:
     """[..., E] P(x, i) that an entry is among the K largest if its noise is drawn anew (eq. 8-9).
 
     Args:
@@ -151,7 +166,7 @@ class NoisyTopK(TokenChoice):
                     f"router.{name} is {getattr(self, name)}; a coefficient is at least 0."
                 )
 
-    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+    def init(self, key: Key[Array, ""], width: int, num_experts: int) -> Arrays:
         """weights, noise_weights: [d, E] float32 zeros (appendix A)."""
         zeros = jnp.zeros((width, num_experts))
         return {"weights": zeros, "noise_weights": zeros}
@@ -210,7 +225,7 @@ class HierarchicalNoisyTopK(NoisyTopK):
                 f"({num_experts} in {self.groups} groups); lower router.k or router.groups."
             )
 
-    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+    def init(self, key: Key[Array, ""], width: int, num_experts: int) -> Arrays:
         """primary, primary_noise: [d, A]; secondary, secondary_noise: [d, A, B]; float32 zeros."""
         primary = jnp.zeros((width, self.groups))
         secondary = jnp.zeros((width, self.groups, num_experts // self.groups))
@@ -267,7 +282,9 @@ class HierarchicalNoisyTopK(NoisyTopK):
         return Choice(logits, experts, weights, clean=dense_clean, losses=extra)
 
 
-def joint_logits(primary: jax.Array, secondary: jax.Array) -> jax.Array:
+def joint_logits(
+    primary: Float[Array, "S A"], secondary: Float[Array, "S A B"]
+) -> Float[Array, "S A*B"]:
     """[S, E] float32 whose softmax is softmax(primary)_i * softmax(secondary_i)_j.
 
     Its logsumexp is that of the primary logits alone, which is what a router z-loss then sees.

@@ -8,6 +8,7 @@ import enum
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class Priority(enum.StrEnum):
@@ -44,7 +45,9 @@ def leak_of(order: Priority, choices: int) -> str | None:
     return LEAKS.get(order)
 
 
-def permutation(order: Priority, gates: jax.Array, key: jax.Array, train: bool) -> jax.Array | None:
+def permutation(
+    order: Priority, gates: Float[Array, "S K"], key: Key[Array, ""], train: bool
+) -> Int[Array, " S*K"] | None:
     """The order in which assignments are served.
 
     Args:
@@ -71,13 +74,13 @@ def permutation(order: Priority, gates: jax.Array, key: jax.Array, train: bool) 
 
 
 def position_in_expert(
-    experts: jax.Array,
-    mask: jax.Array,
+    experts: Int[Array, "S K"],
+    mask: Bool[Array, " S"],
     num_experts: int,
     capacity: int,
-    priority_order: jax.Array | None = None,
-    taken: jax.Array | None = None,
-) -> jax.Array:
+    priority_order: Int[Array, " S*K"] | None = None,
+    taken: Int[Array, " {num_experts}"] | None = None,
+) -> Int[Array, "S K"]:
     """Gives each assignment the next free slot of its expert.
 
     Args:
@@ -106,7 +109,9 @@ def position_in_expert(
     return slot.reshape(experts.shape)
 
 
-def filled(experts: jax.Array, slots: jax.Array, num_experts: int, capacity: int) -> jax.Array:
+def filled(
+    experts: Int[Array, "S K"], slots: Int[Array, "S K"], num_experts: int, capacity: int
+) -> Int[Array, " {num_experts}"]:
     """[E] int32, how many slots of each expert's buffer are taken."""
     held = jax.nn.one_hot(experts, num_experts, dtype=jnp.int32) * (slots < capacity)[..., None]
     return held.sum(axis=(0, 1))

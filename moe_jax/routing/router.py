@@ -13,6 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from moe_jax.component import Component
 from moe_jax.routing.capacity import Capacity
@@ -114,7 +115,7 @@ class Mean:
     count: jax.Array
 
     @classmethod
-    def of(cls, values: jax.Array, mask: jax.Array) -> "Mean":
+    def of(cls, values: Shaped[Array, "S ..."], mask: Bool[Array, " S"]) -> "Mean":
         """Mean over the leading axis of `values` [S, ...] where `mask` [S] is True."""
         weights = mask.astype(jnp.float32)
         # A sum of products and not a matrix product, which TPUs would round to bfloat16.
@@ -122,12 +123,12 @@ class Mean:
         return cls(weighted.sum(axis=0), weights.sum())
 
     @classmethod
-    def of_group(cls, value: jax.Array, mask: jax.Array) -> "Mean":
+    def of_group(cls, value: Float[Array, ""], mask: Bool[Array, " S"]) -> "Mean":
         """One number per group: groups weigh alike, and a group of padding only not at all."""
         real = mask.any()
         return cls(jnp.where(real, value, 0.0), real.astype(jnp.float32))
 
-    def value(self) -> jax.Array:
+    def value(self) -> Float[Array, "..."]:
         """total / count, and 0 where nothing was counted."""
         return self.total / jnp.maximum(self.count, 1.0)
 
@@ -207,7 +208,7 @@ class Router(Component, abc.ABC):
     def validate(self, num_experts: int) -> None:
         """Raises UserError where the fields cannot work with E experts."""
 
-    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+    def init(self, key: Key[Array, ""], width: int, num_experts: int) -> Arrays:
         """Trained parameters by name, float32, of any shapes; every device has them whole."""
         return {}
 

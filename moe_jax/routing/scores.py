@@ -9,6 +9,7 @@ import enum
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from moe_jax.errors import UserError
 from moe_jax.routing.router import RouterInputs
@@ -42,7 +43,7 @@ class RouterDtype(enum.StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-def rounded(x: jax.Array, dtype: RouterDtype) -> jax.Array:
+def rounded(x: Float[Array, "*shape"], dtype: RouterDtype) -> Float[Array, "*shape"]:
     """float32 numbers that the dtype can represent."""
     if dtype == RouterDtype.FLOAT32:
         return x
@@ -51,8 +52,8 @@ def rounded(x: jax.Array, dtype: RouterDtype) -> jax.Array:
 
 
 def initial_weights(
-    key: jax.Array, width: int, num_experts: int, deviation: float = INIT_DEVIATION
-) -> jax.Array:
+    key: Key[Array, ""], width: int, num_experts: int, deviation: float = INIT_DEVIATION
+) -> Float[Array, "{width} {num_experts}"]:
     """[d, E] float32, normal with a deviation."""
     return deviation * jax.random.normal(key, (width, num_experts))
 
@@ -65,7 +66,9 @@ def validate_init_deviation(deviation: float) -> None:
         )
 
 
-def explored_input(inputs: RouterInputs, exploration: Exploration, rate: float) -> jax.Array:
+def explored_input(
+    inputs: RouterInputs, exploration: Exploration, rate: float
+) -> Float[Array, "S d"]:
     """The group's input [S, d] as float32, with noise in training only."""
     x = inputs.x.astype(jnp.float32)
     if not inputs.train:
@@ -77,12 +80,12 @@ def explored_input(inputs: RouterInputs, exploration: Exploration, rate: float) 
     return x
 
 
-def product(x: jax.Array, weights: jax.Array) -> jax.Array:
+def product(x: Float[Array, "S d"], weights: Float[Array, " d *E"]) -> Float[Array, " S *E"]:
     """x W at full float32 precision, also on TPUs: [S, d] and [d, ...] to [S, ...]."""
     return jnp.tensordot(x.astype(jnp.float32), weights, 1, precision=jax.lax.Precision.HIGHEST)
 
 
-def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
+def soft_cap(logits: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
     """cap * tanh(logits / cap), so that no logit exceeds the cap; 0 for none (praxis)."""
     return cap * jnp.tanh(logits / cap) if cap else logits
 

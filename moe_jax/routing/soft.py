@@ -10,6 +10,7 @@ import enum
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
 
 from moe_jax.component import field
 from moe_jax.errors import UserError
@@ -100,7 +101,7 @@ class SoftMoE(Router):
                 "set router.noise=0."
             )
 
-    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+    def init(self, key: Key[Array, ""], width: int, num_experts: int) -> Arrays:
         """mu: [d, E, P] float32, LeCun normal over d; scale: [] float32, 1. Nothing if unlearned."""
         if self.variant not in LEARNED:
             return {}
@@ -143,7 +144,9 @@ class SoftMoE(Router):
         )
 
 
-def slot_logits(x: jax.Array, mu: jax.Array, scale: jax.Array) -> jax.Array:
+def slot_logits(
+    x: Float[Array, "S d"], mu: Float[Array, "d E P"], scale: Float[Array, ""]
+) -> Float[Array, "S E P"]:
     """scale * cosine of each token and each slot's vector (Soft MoE section 2.3).
 
     Args:
@@ -162,7 +165,9 @@ def _unit(vectors: jax.Array, axis: int) -> jax.Array:
     return vectors * jax.lax.rsqrt(jnp.sum(vectors**2, axis=axis, keepdims=True) + 1e-6)
 
 
-def dispatch_weights(logits: jax.Array, mask: jax.Array) -> jax.Array:
+def dispatch_weights(
+    logits: Float[Array, "S E P"], mask: Bool[Array, " S"]
+) -> Float[Array, "S E P"]:
     """Softmax of [S, E, P] over the real tokens: sums to 1 for each slot (Soft MoE eq. 1).
 
     0 for padding, and everywhere in a group of padding only.
@@ -171,7 +176,9 @@ def dispatch_weights(logits: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(real, jax.nn.softmax(jnp.where(real, logits, NEVER), axis=0), 0.0)
 
 
-def combine_weights(logits: jax.Array, mask: jax.Array) -> jax.Array:
+def combine_weights(
+    logits: Float[Array, "S E P"], mask: Bool[Array, " S"]
+) -> Float[Array, "S E P"]:
     """Softmax of [S, E, P] over all slots of all experts: sums to 1 for each token (eq. 2).
 
     0 for padding.
@@ -179,7 +186,7 @@ def combine_weights(logits: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask[:, None, None], jax.nn.softmax(logits, axis=(1, 2)), 0.0)
 
 
-def identity(mask: jax.Array, num_experts: int, slots_per_expert: int) -> SoftAssignment:
+def identity(mask: Bool[Array, " S"], num_experts: int, slots_per_expert: int) -> SoftAssignment:
     """Token e * P + p alone in slot p of expert e, which it alone reads; 0 for padding.
 
     There must be as many slots as tokens; `SoftMoE.expert_capacity` checks that.

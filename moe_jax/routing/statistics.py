@@ -11,6 +11,7 @@ Statistics that need more than a step's sums are in `moe_jax.routing.study`.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.errors import UserError
 from moe_jax.routing.router import ExpertAssignment, Mean, SoftAssignment, TokenAssignment
@@ -18,10 +19,10 @@ from moe_jax.routing.router import ExpertAssignment, Mean, SoftAssignment, Token
 
 def of_token_choice(
     assignment: TokenAssignment,
-    wanted: jax.Array,
-    logits: jax.Array,
-    probabilities: jax.Array,
-    mask: jax.Array,
+    wanted: Int[Array, "S K"],
+    logits: Float[Array, "S E"],
+    probabilities: Float[Array, "S E"],
+    mask: Bool[Array, " S"],
 ) -> dict[str, Mean]:
     """Statistics of one group, as sums and counts.
 
@@ -30,7 +31,7 @@ def of_token_choice(
       wanted: [S, K] int32 experts that the tokens chose, before any was rerouted; E for no choice.
       logits: [S, E] float32.
       probabilities: [S, E] float32.
-      mask: [S] bool, False for padding.
+      mask: False for padding.
 
     Returns:
       load: [E] mean over tokens of how many of their choices are expert e, before drops (sums to
@@ -65,7 +66,7 @@ def with_own(common: dict[str, Mean], own: dict[str, Mean]) -> dict[str, Mean]:
 
 
 def of_expert_choice(
-    assignment: ExpertAssignment, probabilities: jax.Array, mask: jax.Array
+    assignment: ExpertAssignment, probabilities: Float[Array, "S E"], mask: Bool[Array, " S"]
 ) -> dict[str, Mean]:
     """Statistics of one group, as sums and counts.
 
@@ -83,7 +84,7 @@ def of_expert_choice(
 
 
 def of_soft(
-    assignment: SoftAssignment, probabilities: jax.Array, mask: jax.Array
+    assignment: SoftAssignment, probabilities: Float[Array, "S E"], mask: Bool[Array, " S"]
 ) -> dict[str, Mean]:
     """Statistics of one group, as sums and counts; nothing is ever dropped.
 
@@ -106,19 +107,19 @@ def of_soft(
     return jax.lax.stop_gradient(statistics)
 
 
-def taken_by(assignment: ExpertAssignment, num_tokens: int) -> jax.Array:
+def taken_by(assignment: ExpertAssignment, num_tokens: int) -> Float[Array, "{num_tokens} E"]:
     """[S, E] float32, 1 where the expert took the token."""
     num_experts = len(assignment.tokens)
     expert = jnp.arange(num_experts)[:, None]
     return jnp.zeros((num_tokens, num_experts)).at[assignment.tokens, expert].set(1, mode="drop")
 
 
-def entropy(probabilities: jax.Array) -> jax.Array:
+def entropy(probabilities: Float[Array, "*rows E"]) -> Float[Array, "*rows"]:
     """Entropy over the last axis, in nats; 0 log 0 is 0."""
     return -jax.scipy.special.xlogy(probabilities, probabilities).sum(axis=-1)
 
 
-def load_evenness(load: jax.Array) -> dict[str, jax.Array]:
+def load_evenness(load: Float[Array, "*rows E"]) -> dict[str, Float[Array, "*rows"]]:
     """How uneven a load [..., E] is.
 
     Returns:

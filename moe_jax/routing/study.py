@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jaxtyping import Array, Bool, Int, Num
 
 from moe_jax.routing import statistics
 from moe_jax.routing.router import (
@@ -224,7 +225,7 @@ def summarize(total: Tallies, largest_gate: float = 1.0) -> Summary:
     return {name: np.asarray(value, np.float64).tolist() for name, value in summary.items()}
 
 
-def mutual_information(table: np.ndarray) -> float:
+def mutual_information(table: Num[np.ndarray, "D E"]) -> float:
     """I(row; column) in nats of a table of counts or weights; 0 where they are independent.
 
     sum_re p_re ln(p_re / (p_r p_e)) with the frequencies put in for the probabilities. With K
@@ -242,7 +243,10 @@ def mutual_information(table: np.ndarray) -> float:
 
 
 def saturation(
-    experts_before: jax.Array, experts_after: jax.Array, mask: jax.Array, num_experts: int
+    experts_before: Int[Array, "T K"],
+    experts_after: Int[Array, "T K"],
+    mask: Bool[Array, " T"],
+    num_experts: int,
 ) -> Mean:
     """Mean share of a token's K experts that two checkpoints have in common (OLMoE, figure 20).
 
@@ -251,7 +255,7 @@ def saturation(
     Args:
       experts_before, experts_after: [T, K] int32 choices of the same tokens; E for no choice,
         which has nothing in common with anything.
-      mask: [T] bool, False for padding.
+      mask: False for padding.
       num_experts: E.
     """
     before, after = (_times_chosen(one, num_experts) > 0 for one in (experts_before, experts_after))

@@ -12,6 +12,7 @@ import enum
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.component import field
 from moe_jax.errors import UserError
@@ -169,7 +170,7 @@ def validate_expert_groups(groups: int, groups_per_token: int, num_experts: int)
         )
 
 
-def take_gates(weights: jax.Array, experts: jax.Array) -> jax.Array:
+def take_gates(weights: Float[Array, "S E"], experts: Int[Array, "S K"]) -> Float[Array, "S K"]:
     """[S, K] float32 weights of the chosen experts; 0 where no choice was made."""
     num_experts = weights.shape[1]
     gates = jnp.take_along_axis(weights, jnp.minimum(experts, num_experts - 1), axis=1)
@@ -177,7 +178,10 @@ def take_gates(weights: jax.Array, experts: jax.Array) -> jax.Array:
 
 
 def second_pass(
-    assignment: TokenAssignment, choice: Choice, mask: jax.Array, priority_order: jax.Array | None
+    assignment: TokenAssignment,
+    choice: Choice,
+    mask: Bool[Array, " S"],
+    priority_order: Int[Array, " N"] | None,
 ) -> TokenAssignment:
     """Gives choices without a slot one in the token's next best expert (Switch appendix B).
 
@@ -250,34 +254,34 @@ class LinearRouter(TokenChoice):
                 f"router.logit_soft_cap is {self.logit_soft_cap}; it must be above 0, or 0 for none."
             )
 
-    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+    def init(self, key: Key[Array, ""], width: int, num_experts: int) -> Arrays:
         """weights: [d, E] float32."""
         weights = scores.initial_weights(key, width, num_experts, self.init_deviation)
         return {"weights": weights}
 
-    def logits(self, parameters: Arrays, inputs: RouterInputs) -> jax.Array:
+    def logits(self, parameters: Arrays, inputs: RouterInputs) -> Float[Array, "S E"]:
         """[S, E] float32, of the explored input and capped."""
         x = scores.explored_input(inputs, self.exploration, self.exploration_rate)
         logits = scores.product(self.rounded(x), self.rounded(parameters["weights"]))
         return self.rounded(scores.soft_cap(logits, self.logit_soft_cap))
 
-    def softmax(self, logits: jax.Array) -> jax.Array:
+    def softmax(self, logits: Float[Array, "S E"]) -> Float[Array, "S E"]:
         """[S, E] float32 probabilities."""
         return self.rounded(jax.nn.softmax(logits))
 
-    def rounded(self, x: jax.Array) -> jax.Array:
+    def rounded(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The numbers that the router's dtype can represent, float32."""
         return scores.rounded(x, self.dtype)
 
     def clean(
-        self, parameters: Arrays, inputs: RouterInputs, probabilities: jax.Array
-    ) -> jax.Array:
+        self, parameters: Arrays, inputs: RouterInputs, probabilities: Float[Array, "S E"]
+    ) -> Float[Array, "S E"]:
         """[S, E] the probabilities of the input without noise."""
         if not inputs.train or self.exploration in (Exploration.ARGMAX, Exploration.SAMPLE):
             return probabilities
         return self.softmax(self.logits(parameters, dataclasses.replace(inputs, train=False)))
 
-    def ranking(self, logits: jax.Array, inputs: RouterInputs) -> jax.Array:
+    def ranking(self, logits: Float[Array, "S E"], inputs: RouterInputs) -> Float[Array, "S E"]:
         """[S, E] what the K largest are taken of: the logits, or draws with `sample`."""
         if inputs.train and self.exploration == Exploration.SAMPLE:
             # The K largest of logits plus Gumbel noise are K draws without replacement.
@@ -443,7 +447,7 @@ class VMoE(TokenChoice):
                 "router.noise is 0, where the load loss is not defined; set router.load_weight=0."
             )
 
-    def init(self, key: jax.Array, width: int, num_experts: int) -> Arrays:
+    def init(self, key: Key[Array, ""], width: int, num_experts: int) -> Arrays:
         """weights: [d, E] float32, LeCun normal as in vmoe."""
         return {"weights": jax.nn.initializers.lecun_normal()(key, (width, num_experts))}
 

@@ -239,7 +239,8 @@ class TellsKeys:
         return rows
 
     def down(self, weights, hidden, keys, product):
-        return jnp.broadcast_to(keys[..., None], hidden.shape).astype(hidden.dtype)
+        number = jax.random.key_data(keys)[..., 1:]
+        return jnp.broadcast_to(number, hidden.shape).astype(hidden.dtype)
 
 
 # Expert 0 has tokens 2 and 0, expert 1 has token 2 and an empty slot; token 1 has none.
@@ -267,7 +268,8 @@ def test_experts_learn_which_token_is_in_each_row(name, assignment, tokens):
     @jax.jit
     def keys(x, assignment, weights):
         def row_key(token, expert):
-            return 100 * expert + token
+            number = (100 * expert + token).astype(jnp.uint32)
+            return jax.random.wrap_key_data(jnp.stack([jnp.zeros_like(number), number], axis=-1))
 
         return dispatched(DISPATCHES[name], x, assignment, weights, TellsKeys(), row_key)[0]
 

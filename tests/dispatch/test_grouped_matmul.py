@@ -102,9 +102,10 @@ def test_any_sizes(cuts, rows):
 def test_operations_may_differ_in_backend(backend):
     inputs = arrays()
     backends = GroupedMatmul(Backend.REFERENCE, backend, Backend.RAGGED_DOT)
-    sizes = np.array(SIZES["rows beyond"])
-    result, pullback = jax.vjp(lambda *a: grouped_matmul(*a, sizes, backends), *inputs[:2])
-    check((result, *pullback(inputs[2])), loop(*inputs, sizes), sizes)
+    sizes = jnp.array(SIZES["rows beyond"])
+    lhs, rhs, gradient = map(jnp.asarray, inputs)
+    result, pullback = jax.vjp(lambda *a: grouped_matmul(*a, sizes, backends), lhs, rhs)
+    check((result, *pullback(gradient)), loop(*inputs, sizes), sizes)
 
 
 def test_group_offset_leaves_out_the_groups_of_others():
@@ -114,7 +115,9 @@ def test_group_offset_leaves_out_the_groups_of_others():
     @jax.jit
     def compute(lhs, rhs, gradient, offset):
         result, pullback = jax.vjp(
-            lambda lhs, rhs: grouped_matmul(lhs, rhs, sizes, GroupedMatmul(), offset), lhs, rhs
+            lambda lhs, rhs: grouped_matmul(lhs, rhs, jnp.array(sizes), GroupedMatmul(), offset),
+            lhs,
+            rhs,
         )
         return result, *pullback(gradient)
 
@@ -178,7 +181,7 @@ MEGABLOX_SIZES = [(0, 130, 37, 20), (100, 0, 99, 0), (0, 0, 0, 0), (1, 0, 0, 199
 def test_megablox_interpreted():
     rows = 200  # Not a multiple of its tile of 128.
     inputs = arrays(rows=rows, groups=4)
-    lhs, rhs, gradient = inputs
+    lhs, rhs, gradient = map(jnp.asarray, inputs)
 
     @jax.jit
     def compute(sizes):
@@ -264,9 +267,10 @@ def test_tokamax_results_are_made_exact_where_its_kernels_are_not(monkeypatch):
 
     fake = types.SimpleNamespace(ragged_dot_general=ragged_dot_general)
     monkeypatch.setitem(sys.modules, "tokamax", fake)
-    inputs, sizes = arrays(), np.array([3, 0, 11, 0, 7])
-    result, pullback = jax.vjp(lambda *a: grouped_matmul(*a, sizes, GroupedMatmul()), *inputs[:2])
-    check((result, *pullback(inputs[2])), loop(*inputs, sizes), sizes)
+    inputs, sizes = arrays(), jnp.array([3, 0, 11, 0, 7])
+    lhs, rhs, gradient = map(jnp.asarray, inputs)
+    result, pullback = jax.vjp(lambda *a: grouped_matmul(*a, sizes, GroupedMatmul()), lhs, rhs)
+    check((result, *pullback(gradient)), loop(*inputs, sizes), sizes)
     assert called == [("triton", jnp.float32)] * 3
 
 
@@ -292,7 +296,7 @@ MOSAIC, TRITON = Backend.TOKAMAX_MOSAIC, Backend.TOKAMAX_TRITON
 )
 def test_automatic_choice(monkeypatch, platform, capability, available, dtype, width, expected):
     pretend(monkeypatch, platform, capability, available)
-    lhs = jax.ShapeDtypeStruct((64, 256), dtype)
+    lhs = jnp.zeros((64, 256), dtype)
     assert interface._choose(GroupedMatmul(), lhs, width) == expected
     one = interface._choose(GroupedMatmul(lhs_gradient=Backend.REFERENCE), lhs, width)
     assert one == (expected[0], Backend.REFERENCE, expected[2])
@@ -301,7 +305,7 @@ def test_automatic_choice(monkeypatch, platform, capability, available, dtype, w
 def test_the_choice_and_a_slower_path_are_logged_once(monkeypatch, caplog):
     interface._log_once.cache_clear()
     interface._warn_of_ragged_dot.cache_clear()
-    lhs, rhs, _ = arrays()
+    lhs, rhs, _ = map(jnp.asarray, arrays())
     with caplog.at_level(logging.INFO, logger=interface.__name__):
         for _ in range(2):
             jax.eval_shape(
@@ -333,7 +337,7 @@ def test_the_choice_and_a_slower_path_are_logged_once(monkeypatch, caplog):
 )
 def test_a_backend_that_cannot_run_here_is_named(monkeypatch, platform, available, backends, named):
     pretend(monkeypatch, platform, 9.0, available)
-    lhs, rhs, _ = arrays()
+    lhs, rhs, _ = map(jnp.asarray, arrays())
     with pytest.raises(UserError) as error:
         grouped_matmul(lhs, rhs, jnp.zeros(E, jnp.int32), backends)
     message = str(error.value)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 from moe_jax.dispatch.varying import varying_zeros
 
@@ -26,7 +27,12 @@ class GemmBlock:
     """M consecutive rows, of which those from `first` up to `end` are one expert's."""
 
     def __init__(
-        self, expert: jax.Array, first: jax.Array, end: jax.Array, size: int, total: int
+        self,
+        expert: Int[Array, ""],
+        first: Int[Array, ""],
+        end: Int[Array, ""],
+        size: int,
+        total: int,
     ) -> None:
         self.expert, self.size = expert, size
         # A block that would reach beyond the array starts earlier; `mine` leaves the others out.
@@ -34,24 +40,26 @@ class GemmBlock:
         place = self.start + jnp.arange(size)
         self.mine = (place >= first) & (place < end)
 
-    def rows(self, values: jax.Array) -> jax.Array:
+    def rows(self, values: Shaped[Array, " R *row"]) -> Shaped[Array, " {self.size} *row"]:
         """[R, ...] to [M, ...]."""
         return jax.lax.dynamic_slice_in_dim(values, self.start, self.size)
 
-    def own(self, values: jax.Array) -> jax.Array:
+    def own(self, values: Float[Array, "M w"]) -> Float[Array, "M w"]:
         """[M, w], 0 in rows of other experts."""
         return jnp.where(self.mine[:, None], values, 0)
 
-    def of_expert(self, weight: jax.Array) -> jax.Array:
+    def of_expert(self, weight: Shaped[Array, " E *shape"]) -> Shaped[Array, "*shape"]:
         """[E, ...] to [...]."""
         return jax.lax.dynamic_index_in_dim(weight, self.expert, keepdims=False)
 
-    def write(self, out: jax.Array, values: jax.Array) -> jax.Array:
+    def write(self, out: Float[Array, "R w"], values: Float[Array, "M w"]) -> Float[Array, "R w"]:
         """Puts [M, w] into [R, w], leaving rows of other experts as they are."""
         values = jnp.where(self.mine[:, None], values, self.rows(out))
         return jax.lax.dynamic_update_slice_in_dim(out, values, self.start, 0)
 
-    def add_to_expert(self, out: jax.Array, values: jax.Array) -> jax.Array:
+    def add_to_expert(
+        self, out: Float[Array, " E *shape"], values: Float[Array, "*shape"]
+    ) -> Float[Array, " E *shape"]:
         """Adds [...] to the expert's part of [E, ...]."""
         # Not .at[].add, which is a scatter and slower to compile and to run.
         total = self.of_expert(out) + values.astype(out.dtype)
@@ -59,7 +67,7 @@ class GemmBlock:
 
 
 def for_each_block(
-    sizes: jax.Array, total: int, body: Callable[[GemmBlock, Any], Any], carry: Any
+    sizes: Int[Array, " E"], total: int, body: Callable[[GemmBlock, Any], Any], carry: Any
 ) -> Any:
     """Folds `body` over blocks that together hold every row of each expert once.
 
@@ -97,8 +105,11 @@ def for_each_block(
 
 
 def product(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool
-) -> jax.Array:
+    lhs: Float[Array, "R d"],
+    rhs: Float[Array, "E d f"] | Float[Array, "E f d"],
+    group_sizes: Int[Array, " E"],
+    transpose_rhs: bool,
+) -> Float[Array, "R f"]:
     """Each row times its group's matrix: [R, d] and [E, d, f] ([E, f, d] transposed) to [R, f]."""
     width = rhs.shape[1] if transpose_rhs else rhs.shape[2]
 
@@ -111,7 +122,9 @@ def product(
     return for_each_block(group_sizes, lhs.shape[0], body, zeros)
 
 
-def outer(lhs: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def outer(
+    lhs: Float[Array, "R d"], gradient: Float[Array, "R f"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "E d f"]:
     """Each group's lhs^T gradient: [R, d] and [R, f] to [E, d, f] float32."""
 
     def body(block: GemmBlock, out: jax.Array) -> jax.Array:

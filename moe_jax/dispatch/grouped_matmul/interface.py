@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from moe_jax.component import Component
 from moe_jax.dispatch.grouped_matmul import blocks, ragged_dot, reference, tokamax
@@ -87,12 +88,12 @@ class GroupedMatmul(Component):
 
 
 def grouped_matmul(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    group_sizes: jax.Array,
+    lhs: Float[Array, "R d"],
+    rhs: Float[Array, "E d f"],
+    group_sizes: Int[Array, " groups"],
     backends: GroupedMatmul,
-    group_offset: jax.Array | None = None,
-) -> jax.Array:
+    group_offset: Int[Array, ""] | None = None,
+) -> Float[Array, "R f"]:
     """Multiplies each row by its group's matrix.
 
     Differentiable once in `lhs` and `rhs`. Inside a shard_map, all arrays are those of one device.

@@ -8,15 +8,16 @@ The kernels leave rows beyond the last group as they find them, and want whole t
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+from jaxtyping import Array, Float, Int
 
 
 def product(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    group_sizes: jax.Array,
+    lhs: Float[Array, "R d"],
+    rhs: Float[Array, "E d f"] | Float[Array, "E f d"],
+    group_sizes: Int[Array, " E"],
     transpose_rhs: bool,
     interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "R f"]:
     """Each row times its group's matrix: [R, d] and [E, d, f] ([E, f, d] transposed) to [R, f].
 
     Args:
@@ -37,8 +38,11 @@ def product(
 
 
 def outer(
-    lhs: jax.Array, gradient: jax.Array, group_sizes: jax.Array, interpret: bool = False
-) -> jax.Array:
+    lhs: Float[Array, "R d"],
+    gradient: Float[Array, "R f"],
+    group_sizes: Int[Array, " E"],
+    interpret: bool = False,
+) -> Float[Array, "E d f"]:
     """Each group's lhs^T gradient: [R, d] and [R, f] to [E, d, f] in lhs.dtype."""
     tiling = _tiling(lhs, gradient.shape[1], group_sizes.shape[0])
     return tgmm(

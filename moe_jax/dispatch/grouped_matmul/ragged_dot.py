@@ -9,6 +9,7 @@ all three, in buffers of [E, R, d].
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 # What each operation multiplies, as `lax` and tokamax write it.
 ROWS_BY_MATRIX = jax.lax.RaggedDotDimensionNumbers(
@@ -29,8 +30,11 @@ ROWS_BY_ROWS = jax.lax.RaggedDotDimensionNumbers(
 
 
 def product(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool
-) -> jax.Array:
+    lhs: Float[Array, "R d"],
+    rhs: Float[Array, "E d f"] | Float[Array, "E f d"],
+    group_sizes: Int[Array, " E"],
+    transpose_rhs: bool,
+) -> Float[Array, "R f"]:
     """Each row times its group's matrix: [R, d] and [E, d, f] ([E, f, d] transposed) to [R, f]."""
     return jax.lax.ragged_dot_general(
         lhs,
@@ -41,7 +45,9 @@ def product(
     ).astype(lhs.dtype)
 
 
-def outer(lhs: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def outer(
+    lhs: Float[Array, "R d"], gradient: Float[Array, "R f"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "E d f"]:
     """Each group's lhs^T gradient: [R, d] and [R, f] to [E, d, f] float32."""
     return jax.lax.ragged_dot_general(
         lhs, gradient, group_sizes, ROWS_BY_ROWS, preferred_element_type=jnp.float32

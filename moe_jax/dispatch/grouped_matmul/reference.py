@@ -5,11 +5,15 @@ Axis letters: R rows sorted by group, E groups, d and f widths. The work is E ti
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
 def product(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool
-) -> jax.Array:
+    lhs: Float[Array, "R d"],
+    rhs: Float[Array, "E d f"] | Float[Array, "E f d"],
+    group_sizes: Int[Array, " E"],
+    transpose_rhs: bool,
+) -> Float[Array, "R f"]:
     """Each row times its group's matrix: [R, d] and [E, d, f] ([E, f, d] transposed) to [R, f]."""
     groups = _group_of_rows(group_sizes, lhs.shape[0])
     result = jnp.zeros((), jnp.float32)
@@ -20,7 +24,9 @@ def product(
     return result.astype(lhs.dtype)
 
 
-def outer(lhs: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def outer(
+    lhs: Float[Array, "R d"], gradient: Float[Array, "R f"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "E d f"]:
     """Each group's lhs^T gradient: [R, d] and [R, f] to [E, d, f] float32."""
     groups = _group_of_rows(group_sizes, lhs.shape[0])
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from moe_jax.dispatch.grouped_matmul.ragged_dot import (
     ROWS_BY_MATRIX,
@@ -39,26 +40,29 @@ def available() -> frozenset[Implementation]:
 
 
 def product(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    group_sizes: jax.Array,
+    lhs: Float[Array, "R d"],
+    rhs: Float[Array, "E d f"] | Float[Array, "E f d"],
+    group_sizes: Int[Array, " E"],
     transpose_rhs: bool,
     implementation: Implementation,
-) -> jax.Array:
+) -> Float[Array, "R f"]:
     """Each row times its group's matrix: [R, d] and [E, d, f] ([E, f, d] transposed) to [R, f]."""
     dimensions = ROWS_BY_TRANSPOSED_MATRIX if transpose_rhs else ROWS_BY_MATRIX
     return _ragged_dot(lhs, rhs, group_sizes, dimensions, implementation)
 
 
 def outer(
-    lhs: jax.Array, gradient: jax.Array, group_sizes: jax.Array, implementation: Implementation
-) -> jax.Array:
+    lhs: Float[Array, "R d"],
+    gradient: Float[Array, "R f"],
+    group_sizes: Int[Array, " E"],
+    implementation: Implementation,
+) -> Float[Array, "E d f"]:
     """Each group's lhs^T gradient: [R, d] and [R, f] to [E, d, f] in lhs.dtype."""
     result = _ragged_dot(lhs, gradient, group_sizes, ROWS_BY_ROWS, implementation)
     return jnp.where((group_sizes > 0)[:, None, None], result, 0)
 
 
-def fits_mosaic(lhs: jax.Array, width: int) -> bool:
+def fits_mosaic(lhs: Float[Array, "R d"], width: int) -> bool:
     """Whether Mosaic's kernels for Hopper compute [R, d] times d x f rightly; f = `width`."""
     return lhs.dtype.itemsize == 2 and lhs.shape[1] % 128 == 0 and width % 128 == 0
 
