@@ -1,5 +1,8 @@
 """All families by the name that config.json has for them."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from moe_jax.errors import UserError
 from moe_jax.interop.huggingface import (
     deepseek_v2,
@@ -12,7 +15,7 @@ from moe_jax.interop.huggingface import (
     t5,
     vit,
 )
-from moe_jax.interop.huggingface.family import Family, Fields
+from moe_jax.interop.huggingface.family import Family
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
@@ -43,7 +46,7 @@ def family_named(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def family_of(hf: Fields) -> Family:
+def family_of(hf: Mapping[str, Any]) -> Family:
     """The family of a config.json.
 
     Raises:

@@ -8,7 +8,7 @@ import collections
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from moe_jax.interop.huggingface import files, matching
 from moe_jax.interop.huggingface.families import family_of
 from moe_jax.interop.huggingface.files import Stored
 from moe_jax.interop.huggingface.layout import Region, overlap, size_of, within
+from moe_jax.interop.huggingface.original import original
 from moe_jax.interop.huggingface.table import Tensor
 from moe_jax.interop.huggingface.tokenizer import FolderTokenizer
 from moe_jax.models.abstract_model import AbstractModel
@@ -44,7 +45,8 @@ def load(
     Args:
       folder: with config.json and safetensors files.
       mesh: over which the model is spread.
-      dtype: of all parameters; None for those of the files.
+      dtype: of all parameters; None for those of the files. What is no parameter (the experts'
+        biases of DeepSeek-V3) stays as precise as the model has it.
       fsdp_min_size: see `MeshConfig`.
 
     Raises:
@@ -53,6 +55,9 @@ def load(
     hf = files.read_config(folder)
     family = family_of(hf)
     config = family.config_from_hf(hf)
+    stored = original(family, files.tensors_of(folder))
+    tables = family.tables(config, stored)
+    config = tables.config
     config.validate()
     abstract_model = AbstractModel.of(config)
     trees = (
@@ -65,20 +70,24 @@ def load(
         for path, leaf in zip(matching.paths(tree), jax.tree.leaves(tree), strict=True)
     }
     tensors = matching.tensors_of_leaves(family, config, shapes)
-    stored = files.tensors_of(folder)
-    matching.check_stored(family, tensors, shapes, stored, folder)
+    matching.check_stored(family, tensors, shapes, stored, tables, folder)
+    stored = {**stored, **{name: stored[there] for name, there in tables.sources.items()}}
 
-    def loaded(path: tuple[Any, ...], leaf: Any, sharding: NamedSharding) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return _load_leaf(name, leaf.shape, sharding, tensors[name], stored, dtype)
+    def loaded(tree: Any, axes: Any, dtype_of: Callable[[Any], Any]) -> Any:
+        """A tree of arrays; `dtype_of` a leaf is None for its file's."""
 
+        def leaf_loaded(path: tuple[Any, ...], leaf: Any, sharding: NamedSharding) -> jax.Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return _load_leaf(name, leaf.shape, sharding, tensors[name], stored, dtype_of(leaf))
+
+        shardings = parameter_shardings(tree, axes, mesh, fsdp_min_size)
+        return jax.tree.map_with_path(leaf_loaded, tree, shardings)
+
+    parameters, variables = trees
     return abstract_model.merge(
-        *(
-            jax.tree.map_with_path(
-                loaded, tree, parameter_shardings(tree, axes, mesh, fsdp_min_size)
-            )
-            for tree, axes in trees
-        )
+        loaded(*parameters, lambda _: dtype),
+        # Experts' biases differ by less than 16 bits show.
+        loaded(*variables, lambda leaf: leaf.dtype),
     )
 
 
@@ -185,7 +194,7 @@ def _blocks(
     inner = tensor.shape(shape)
     most = BLOCK_BYTES // stored.dtype.itemsize
     for region in tensor.layout.blocks(inner, tensor.without_indices(common), most):
-        read = functools.partial(files.read, tensor.name, stored)
+        read = functools.partial(files.read, stored)
         block = tensor.layout.read(read, inner, region)
         place = tensor.with_indices(region, common)
         yield within(place, part), block.reshape([size_of(s) for s in place])

@@ -1,5 +1,6 @@
 """Saves a model as Hugging Face's, one tensor at a time."""
 
+import collections
 import functools
 import os
 from collections.abc import Mapping
@@ -46,6 +47,12 @@ def save(
     chosen = family_named(family)
     hf = chosen.config_to_hf(model.config)
     check_expressible(family, model.config, chosen.config_from_hf(hf))
+    if getattr(model.config, "target_vocab_size", 0):
+        raise UserError(
+            f"model.target_vocab_size is {model.config.target_vocab_size}, which gives the targets a "
+            f"table of their own; transformers 4 has one for both stacks of a {family}, so that it "
+            "cannot be written."
+        )
     arrays = {
         path: array
         for tree in arrays_of(model)
@@ -53,15 +60,19 @@ def save(
     }
     shapes = {path: array.shape for path, array in arrays.items()}
     tensors = matching.tensors_of_leaves(chosen, model.config, shapes)
+    names = collections.defaultdict(list)
+    for name, copied in chosen.copies(model.config).items():
+        names[copied].append(name)
     written = [
         Written(
-            tensor.name,
+            name,
             tensor.layout.their_shape(tensor.shape(array.shape)),
             np.dtype(array.dtype),
             functools.partial(_tensor_of, tensor, array),
         )
         for path, array in arrays.items()
         for tensor in tensors[path]
+        for name in (tensor.name, *names[tensor.name])
     ]
     written.sort(key=lambda tensor: tensor.name)
     files.write_folder(folder, {**hf, **(further or {})}, written, max_shard_bytes)
