@@ -34,6 +34,18 @@ from moe_jax.parallel.sharding import parameter_shardings
 BLOCK_BYTES = 2 * 2**20
 
 
+def folder_named(checkpoint: str) -> str:
+    """The folder of a checkpoint that is written as hf:PATH.
+
+    Raises:
+      UserError: it is written otherwise.
+    """
+    library, _, folder = checkpoint.partition(":")
+    if library != "hf" or not folder:
+        raise UserError(f"checkpoint is {checkpoint!r}; write it as hf:PATH.")
+    return folder
+
+
 def load(
     folder: os.PathLike[str] | str,
     mesh: Mesh,

@@ -1,6 +1,7 @@
 """Saves a model as Hugging Face's, one tensor at a time."""
 
 import collections
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.interop.huggingface import files, matching
+from moe_jax.interop.huggingface import files, matching, ties
 from moe_jax.interop.huggingface.expressible import check_expressible
 from moe_jax.interop.huggingface.families import family_named
 from moe_jax.interop.huggingface.files import Written
@@ -46,7 +47,11 @@ def save(
         )
     chosen = family_named(family)
     hf = chosen.config_to_hf(model.config)
-    check_expressible(family, model.config, chosen.config_from_hf(hf))
+    copies = chosen.copies(model.config)
+    again = chosen.config_from_hf(hf)
+    if ties.HEAD in copies:  # Of two equal tables config.json does not say that they are one.
+        again = dataclasses.replace(again, tied=True)
+    check_expressible(family, model.config, again)
     if getattr(model.config, "target_vocab_size", 0):
         raise UserError(
             f"model.target_vocab_size is {model.config.target_vocab_size}, which gives the targets a "
@@ -61,7 +66,7 @@ def save(
     shapes = {path: array.shape for path, array in arrays.items()}
     tensors = matching.tensors_of_leaves(chosen, model.config, shapes)
     names = collections.defaultdict(list)
-    for name, copied in chosen.copies(model.config).items():
+    for name, copied in copies.items():
         names[copied].append(name)
     written = [
         Written(

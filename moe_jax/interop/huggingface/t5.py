@@ -177,7 +177,8 @@ def hf_fields(config: EncoderDecoderConfig, model_type: str, architecture: str) 
         "relative_attention_max_distance": 128,
         "layer_norm_epsilon": encoder.norm_epsilon,
         "dropout_rate": encoder.dropout,
-        "tie_word_embeddings": config.tied,
+        # transformers 4 scales by this field, and 5 by `scale_decoder_outputs` where it is there.
+        "tie_word_embeddings": config.embedding_scaling == EmbeddingScaling.LOGITS,
         "dtype": encoder.dtype.value,
         "decoder_start_token_id": 0,
     }
@@ -234,7 +235,7 @@ def config_to_hf(config: EncoderDecoderConfig) -> dict[str, Any]:
         "feed_forward_proj": f"gated-{written}" if form.gated else written,
         "dense_act_fn": name,
         "is_gated_act": form.gated,
-        "scale_decoder_outputs": config.tied,
+        "scale_decoder_outputs": config.embedding_scaling == EmbeddingScaling.LOGITS,
     }
 
 
@@ -253,6 +254,12 @@ def tables(config: EncoderDecoderConfig, stored: Mapping[str, Stored]) -> ties.T
     return ties.of_encoder_decoder(config, stored, always_tied=True)
 
 
+def _copies(config: EncoderDecoderConfig) -> dict[str, str]:
+    """To transformers 4 a model that does not scale has an output layer of its own."""
+    scaled = config.embedding_scaling == EmbeddingScaling.LOGITS
+    return {ties.HEAD: ties.SHARED} if config.tied and not scaled else {}
+
+
 # Further names of fields, as transformers has them for all encoder-decoders.
 ALIASES = {
     "hidden_size": "d_model",
@@ -268,5 +275,6 @@ FAMILY = Family(
     aliases=ALIASES | {"head_dim": "d_kv"},
     irrelevant=IRRELEVANT,
     tables=tables,
+    copies=_copies,
     unread=unread,
 )

@@ -1,5 +1,8 @@
 """The tokenizer of a Hugging Face folder."""
 
+import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -7,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from etils import epath
 
-from moe_jax.data.tokenizers import Tokenizer, utf8
+from moe_jax.data.tokenizers import Tokenizer, TokenizerConfig, utf8
 from moe_jax.errors import UserError
 from moe_jax.interop.huggingface import files
 
@@ -82,13 +86,12 @@ class FolderTokenizer(Tokenizer):
             library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The library raises this very class.
             raise UserError(f"{path} is damaged ({error}); copy it again.") from error
-        generation = pathlib.Path(folder) / _GENERATION
-        return cls(
-            library,
-            f"hf-{pathlib.Path(folder).name}",
-            files.read_config(folder),
-            files.read_json(generation) if generation.is_file() else None,
-        )
+        hf, generation = files.read_config(folder), pathlib.Path(folder) / _GENERATION
+        settings = files.read_json(generation) if generation.is_file() else {}
+        # Texts are packed once for each name.
+        special = {n: [f.get(n) for f in (settings, hf)] for n in ("eos_token_id", "bos_token_id")}
+        content = path.read_bytes() + json.dumps(special).encode()
+        return cls(library, f"hf-{hashlib.sha256(content).hexdigest()[:16]}", hf, settings)
 
     def encode(self, text: str | bytes, where: str = "text") -> np.ndarray:
         """See `Tokenizer`."""
@@ -110,6 +113,29 @@ class FolderTokenizer(Tokenizer):
 
     def _decode_text(self, ids: np.ndarray) -> str:
         return self.decode(ids)
+
+
+@dataclasses.dataclass
+class FolderTokens(TokenizerConfig):
+    """The tokens of a model's folder, in place of those that a run learns."""
+
+    folder: str = ""
+    """With tokenizer.json."""
+
+    @property
+    def vocab_size(self) -> int:
+        """See `TokenizerConfig`."""
+        return FolderTokenizer.load(self.folder).vocab_size
+
+    def train(
+        self, texts: Iterable[str | bytes], corpus: str, cache: os.PathLike[str]
+    ) -> Tokenizer:
+        """Learns nothing: the folder's."""
+        return FolderTokenizer.load(self.folder)
+
+    def load(self, folder: epath.PathLike) -> Tokenizer:
+        """The folder's, whatever a run's folder has."""
+        return FolderTokenizer.load(self.folder)
 
 
 class _SpecialTokens:
