@@ -68,7 +68,7 @@ def latent_attention(fields: Fields) -> MultiHeadLatent:
       UserError: biases, shared heads, or rotary positions that are not supported.
     """
     fields.only("attention_bias", False)
-    fields.only("num_key_value_heads", None, fields.integer("num_attention_heads"))
+    fields.only("num_key_value_heads", fields.integer("num_attention_heads"), None)
     widths = {ours: fields.integer(theirs) for ours, theirs in _WIDTHS.items()}
     rotary_width = widths["rotary_width"]
     if rotary_width % 2:

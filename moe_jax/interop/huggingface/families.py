@@ -16,6 +16,7 @@ from moe_jax.interop.huggingface import (
     vit,
 )
 from moe_jax.interop.huggingface.family import Family
+from moe_jax.interop.huggingface.fields import shortened
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
@@ -41,7 +42,7 @@ def family_named(model_type: str) -> Family:
     """
     if model_type not in FAMILIES:
         raise UserError(
-            f"model_type is {model_type!r}; supported are {', '.join(sorted(FAMILIES))}."
+            f"model_type is {shortened(model_type)}; supported are {', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[model_type]
 

@@ -77,8 +77,8 @@ class Fields(Mapping[str, Any]):
             value = self._values.pop(alias)
             if name in hf and hf[name] != value:
                 raise UserError(
-                    f"config.json has {name}={hf[name]!r} and {alias}={value!r}, which are two names "
-                    f"of the same field for {self.model_type}; leave one of them out."
+                    f"config.json has {name}={shortened(hf[name])} and {alias}={shortened(value)}, which "
+                    f"are two names of the same field for {self.model_type}; leave one of them out."
                 )
             self._values[name] = value
 
@@ -160,7 +160,7 @@ class Fields(Mapping[str, Any]):
         value = self.raw(name, default)
         if not isinstance(value, str) or value not in options:
             raise UserError(
-                f"config.json has {name}={value!r}; supported are {', '.join(options)}."
+                f"config.json has {name}={shortened(value)}; supported are {', '.join(options)}."
             )
         return options[value]
 
@@ -176,8 +176,8 @@ class Fields(Mapping[str, Any]):
             value == s and isinstance(value, bool) == isinstance(s, bool) for s in supported
         ):
             raise UserError(
-                f"config.json has {name}={value!r}; only {name}={supported[0]!r} is supported for "
-                f"{self.model_type}."
+                f"config.json has {name}={shortened(value)}; only {name}={supported[0]!r} is supported "
+                f"for {self.model_type}."
             )
 
     def refuse_unread(self, irrelevant: Collection[str]) -> None:

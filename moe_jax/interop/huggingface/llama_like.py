@@ -15,6 +15,7 @@ from moe_jax.interop.huggingface.fields import (
     Fields,
     check_decoder,
     compute_dtype,
+    shortened,
 )
 from moe_jax.interop.huggingface.files import Stored
 from moe_jax.interop.huggingface.rotary import read_rotary
@@ -223,7 +224,7 @@ def check_no_window(fields: Fields, used: bool = True) -> None:
     Raises:
       UserError: a window is shorter than the longest text.
     """
-    fields.only("layer_types", None, ["full_attention"] * num_layers(fields))
+    check_all_tokens(fields)
     window = fields.raw("sliding_window")
     if used and window is not None:
         longest = fields.integer("max_position_embeddings")
@@ -232,6 +233,22 @@ def check_no_window(fields: Fields, used: bool = True) -> None:
                 f"config.json has sliding_window={window}; only sliding_window=None, or one of at "
                 f"least max_position_embeddings={longest}, is supported for {fields.model_type}."
             )
+
+
+def check_all_tokens(fields: Fields) -> None:
+    """Refuses kinds of attention that differ from layer to layer.
+
+    Raises:
+      UserError: a layer does not see all earlier tokens.
+    """
+    kinds = fields.raw("layer_types")
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(
+            f"config.json has layer_types={shortened(kinds)}; only 'full_attention' is supported for "
+            f"{fields.model_type}."
+        )
 
 
 def experts_per_token(fields: Fields, default: int, num_experts: int) -> int:

@@ -14,9 +14,8 @@ from moe_jax.routing.token_choice import TopK
 def read(fields: Fields) -> DecoderLMConfig:
     """See `Family`."""
     fields.only("clip_qkv", None)
-    # Attention programs that know windows would use it.
-    fields.only("sliding_window", None)
-    fields.only("layer_types", None, ["full_attention"] * llama_like.num_layers(fields))
+    # Some attention programs of transformers use a window that the family does not have.
+    llama_like.check_no_window(fields)
     model = llama_like.model_fields(fields, norm_epsilon=1e-5)
     # The norms of queries and keys are as wide as that.
     share = model["width"] // model["num_heads"]

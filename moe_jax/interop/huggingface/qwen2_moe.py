@@ -75,8 +75,8 @@ def sparse_blocks(fields: Fields, default_experts: int) -> tuple[int, list[int]]
     experts = fields.integer(name, default_experts, at_least=0, at_most=MOST_EXPERTS)
     step = fields.integer("decoder_sparse_step", 1)
     dense = set(whole_numbers(fields, "mlp_only_layers"))
+    fields.raw("num_experts_per_tok")  # Where there are no blocks with experts nothing needs it.
     if not experts:
-        fields.raw("num_experts_per_tok")
         return 1, []
     layers = range(llama_like.num_layers(fields))
     return experts, [i for i in layers if i not in dense and (i + 1) % step == 0]

@@ -59,7 +59,7 @@ def read_rotary(
         )
     if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise UserError(
-            f"config.json has partial_rotary_factor={parameters['partial_rotary_factor']!r} in "
+            f"config.json has partial_rotary_factor={shortened(parameters['partial_rotary_factor'])} in "
             f"{name}; only 1.0 is supported for {fields.model_type}."
         )
     if kind == "default":
@@ -131,7 +131,7 @@ def _yarn(
         )
     if parameters.get("truncate", True) is not True:
         raise UserError(
-            f"config.json has truncate={parameters['truncate']!r} in {name}; only True is supported "
+            f"config.json has truncate={shortened(parameters['truncate'])} in {name}; only True is supported "
             f"for {fields.model_type}."
         )
     fast = number("beta_fast", _BETA_FAST, above=0)

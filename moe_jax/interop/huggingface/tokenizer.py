@@ -15,6 +15,7 @@ from etils import epath
 from moe_jax.data.tokenizers import Tokenizer, TokenizerConfig, utf8
 from moe_jax.errors import UserError
 from moe_jax.interop.huggingface import files
+from moe_jax.interop.huggingface.fields import shortened
 
 _FILE = "tokenizer.json"
 _GENERATION = "generation_config.json"
@@ -51,7 +52,7 @@ class FolderTokenizer(Tokenizer):
         self._ends = tokens.several("eos_token_id")
         if not self._ends:
             raise UserError(
-                f"{files.CONFIG} has eos_token_id={hf.get('eos_token_id')!r}; name the token that ends "
+                f"{files.CONFIG} has eos_token_id={shortened(hf.get('eos_token_id'))}; name the token that ends "
                 "a text."
             )
         self.EOS = self._ends[0]
@@ -184,6 +185,6 @@ class _SpecialTokens:
     def _check(self, file: str, name: str, number: Any) -> None:
         if type(number) is not int or not 0 <= number < self._vocab_size:
             raise UserError(
-                f"{file} has {name}={number!r}, which is no token of the model; its tokens are 0 to "
+                f"{file} has {name}={shortened(number)}, which is no token of the model; its tokens are 0 to "
                 f"{self._vocab_size - 1}."
             )

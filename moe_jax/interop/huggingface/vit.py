@@ -148,7 +148,7 @@ def _num_classes(fields: Fields) -> int:
         )
     if number is not None and number != len(labels):
         raise UserError(
-            f"config.json has num_labels={number!r}, but id2label has {len(labels)}; correct one."
+            f"config.json has num_labels={shortened(number)}, but id2label has {len(labels)}; correct one."
         )
     return len(labels)
 
