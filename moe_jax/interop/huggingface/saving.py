@@ -45,6 +45,12 @@ def save(
             f"there are {jax.process_count()} processes, but saving for Hugging Face needs all of the "
             "model in one; load the run's checkpoint in a single process."
         )
+    if getattr(model.config, "target_vocab_size", 0):
+        raise UserError(
+            f"model.target_vocab_size is {model.config.target_vocab_size}, which gives the targets a "
+            f"table of their own; transformers 4 has one for both stacks of a {family}, so that it "
+            "cannot be written."
+        )
     chosen = family_named(family)
     hf = chosen.config_to_hf(model.config)
     copies = chosen.copies(model.config)
@@ -52,12 +58,6 @@ def save(
     if ties.HEAD in copies:  # Of two equal tables config.json does not say that they are one.
         again = dataclasses.replace(again, tied=True)
     check_expressible(family, model.config, again)
-    if getattr(model.config, "target_vocab_size", 0):
-        raise UserError(
-            f"model.target_vocab_size is {model.config.target_vocab_size}, which gives the targets a "
-            f"table of their own; transformers 4 has one for both stacks of a {family}, so that it "
-            "cannot be written."
-        )
     arrays = {
         path: array
         for tree in arrays_of(model)
