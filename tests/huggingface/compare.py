@@ -1,10 +1,10 @@
 """Compares random checkpoints of every family with transformers 5, and what we write with 5 and 4.57.
 
-    python -m tests.huggingface.compare                         200 cases; writes counts.json
-    python -m tests.huggingface.compare --check                 compares with counts.json instead
+    python -m tests.huggingface.compare                         200 cases
     python -m tests.huggingface.compare --first=180 --cases=20  some of them
     python -m tests.huggingface.compare --old=PYTHON            also opens what we write with the
                                                                 transformers of that interpreter
+    ... --write, --check                                        writes counts.json; compares with it
 
 Needs torch and transformers (the extra `parity`). A checkpoint is `equal` (logits to 1e-4 of the
 largest), `refused` by us in a sentence, `wrong` (other logits, no error), `raised` (another error than
@@ -187,7 +187,10 @@ class Comparison:
         return {
             "checkpoints": {**self.counts, "all": total},
             "exports": {name: dict(sorted(c.items())) for name, c in sorted(self.exports.items())},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {
+                "torch": torch.__version__.partition("+")[0],
+                "transformers": transformers.__version__,
+            },
         }
 
 
@@ -217,6 +220,7 @@ def main() -> int:
     if arguments.write:
         COUNTS.write_text(json.dumps(summary, indent=2) + "\n")
     failed = summary["checkpoints"]["all"]["wrong"] + summary["checkpoints"]["all"]["raised"]
+    failed += sum(counts.get("wrong", 0) for counts in summary["exports"].values())
     if arguments.check:
         failed += summary != json.loads(COUNTS.read_text())
     return int(failed > 0)

@@ -382,3 +382,62 @@ def test_a_dtype_rounds_no_expert_s_bias(tmp_path):
 )
 def test_the_dtype_that_a_model_computes_in(fields, dtype, tmp_path):
     assert loaded(tmp_path / "model", "olmoe", **fields).config.dtype == dtype
+
+
+def test_t5_keeps_what_float16_has_no_room_for(tmp_path):
+    write(tmp_path, config_of("t5"), weights_of("t5"))
+    half, brain = (
+        arrays_of(load(tmp_path, make_mesh(MeshConfig()), dtype=dtype))[0]
+        for dtype in (jnp.float16, jnp.bfloat16)
+    )
+    block = half["encoder"]["stages"][0]["blocks"][0]["mlp"]
+    assert block["w_out"].dtype == jnp.float32 and block["w_in"].dtype == jnp.float16
+    assert {a.dtype for a in jax.tree.leaves(brain)} == {np.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    "value, dtype, message",
+    [
+        (np.nan, None, r"tensor model.norm.weight of .* has numbers that are not finite"),
+        (np.inf, jnp.bfloat16, "has numbers that are not finite"),
+        (1e6, jnp.float16, "has numbers that float16 does not have; choose another dtype"),
+    ],
+)
+def test_numbers_that_are_none(value, dtype, message, tmp_path):
+    name = "model.norm.weight"
+    damaged = weights_of("olmoe")[name].copy()
+    damaged[3] = value
+    write(tmp_path, config_of("olmoe"), weights_of("olmoe") | {name: damaged})
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, make_mesh(MeshConfig()), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("olmoe", {"num_hidden_layers": 10_000}),
+        ("olmoe", {"num_experts": 100_000}),
+        ("switch", {"num_layers": 9000, "encoder_sparse_step": 1}),
+        ("vit", {"num_hidden_layers": 10_000}),
+    ],
+)
+def test_sizes_that_no_folder_has(name, fields, tmp_path):
+    """Before anything is built of them, which would take hours."""
+    with pytest.raises(
+        UserError, match=r"but the folder has \d+ tensors; they do not belong together"
+    ):
+        loaded(tmp_path / name, name, **fields)
+
+
+def test_further_fields_make_no_other_model(tmp_path):
+    model = loaded(tmp_path / "theirs", "mixtral")
+    save(model, "mixtral", tmp_path / "ours", {"eos_token_id": [2, 3], "pad_token_id": 0})
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["eos_token_id"] == [2, 3]
+    yarn = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
+    for further, message in (
+        (yarn, "it would lose model.attention.rotary_scaling.factor"),
+        ({"num_experts_per_tok": 1}, "it would lose model.moe.router.k=2"),
+        ({"logit_cap": 1.0}, "has logit_cap=1.0, a field that is not known"),
+    ):
+        with pytest.raises(UserError, match=message):
+            save(model, "mixtral", tmp_path / "other", further)

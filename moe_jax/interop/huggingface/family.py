@@ -49,6 +49,7 @@ class Family:
         those of `tensors` of them.
       experts: names of an expert's gate, input and output, which transformers 5 may fuse over the
         experts; None where there are none to fuse.
+      not_in_float16: ends of paths of parameters that stay as they are where float16 is asked for.
       unread: names of a folder's tensors that no model of the family computes with.
     """
 
@@ -62,6 +63,7 @@ class Family:
     copies: Callable[[Any], dict[str, str]] = lambda _: {}
     renamed: tuple[tuple[str, str], ...] = ()
     experts: tuple[str, str, str] | None = None
+    not_in_float16: tuple[str, ...] = ()
     unread: Callable[[Any, Mapping[str, Stored]], set[str]] = lambda *_: set()
 
     def config_from_hf(self, hf: Mapping[str, Any]) -> Any:

@@ -34,7 +34,8 @@ def save(
       model: with its config; on devices of this process.
       family: as `model_type` in config.json names it, such as mixtral.
       folder: must not exist.
-      further: fields of config.json that our configs do not have, such as eos_token_id.
+      further: fields of config.json that our configs do not have, such as eos_token_id; those that
+        make it another model are refused.
       max_shard_bytes: see `files.write_folder`.
 
     Raises:
@@ -52,7 +53,7 @@ def save(
             "cannot be written."
         )
     chosen = family_named(family)
-    hf = chosen.config_to_hf(model.config)
+    hf = {**chosen.config_to_hf(model.config), **(further or {})}
     copies = chosen.copies(model.config)
     again = chosen.config_from_hf(hf)
     if ties.HEAD in copies:  # Of two equal tables config.json does not say that they are one.
@@ -80,7 +81,7 @@ def save(
         for name in (tensor.name, *names[tensor.name])
     ]
     written.sort(key=lambda tensor: tensor.name)
-    files.write_folder(folder, {**hf, **(further or {})}, written, max_shard_bytes)
+    files.write_folder(folder, hf, written, max_shard_bytes)
 
 
 def _tensor_of(tensor: Tensor, array: jax.Array) -> np.ndarray:

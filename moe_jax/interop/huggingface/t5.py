@@ -276,5 +276,7 @@ FAMILY = Family(
     irrelevant=IRRELEVANT,
     tables=tables,
     copies=_copies,
+    # As transformers keeps them in float32 then, because what comes of them is large.
+    not_in_float16=("mlp/w_out",),
     unread=unread,
 )
