@@ -1,6 +1,7 @@
 """Fields of config.json: read with the family's own defaults, known not to matter, or refused."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.interop.huggingface.families import FAMILIES, family_of
+from moe_jax.interop.huggingface.fields import IRRELEVANT
 from moe_jax.layers.feed_forward import Activation
 from moe_jax.layers.positions import RotaryScaling
-from tests.interop.folders import MODELS, config_of
+from tests.interop.folders import MODELS, PARITY, config_of
 
 DECODERS = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
 PLAIN = DECODERS[:4]
@@ -178,6 +180,30 @@ def test_what_transformers_derives_is_read_where_it_is_given():
     assert read("mixtral", sliding_window=64) == read("mixtral", sliding_window=None)
     dense = read("qwen3_moe", num_experts=0, num_local_experts=...)
     assert dense.moe_layers == [] and dense.mlp_width == 40
+
+
+DEFAULTS = json.loads((PARITY.parents[1] / "huggingface" / "default_configs.json").read_text())
+
+
+@pytest.mark.parametrize("version", DEFAULTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_fields_of_both_versions_are_known(version, family):
+    """Each is read, and then refuses what it cannot be, or is known to change nothing."""
+    hf = DEFAULTS[version][family] | {"model_type": family}
+    # The one field that has to be given, because its default is null.
+    hf |= {"num_experts_per_tok": 6} if family == "deepseek_v2" else {}
+    config = FAMILIES[family].config_from_hf(hf)
+    config.validate()
+    unread = IRRELEVANT | FAMILIES[family].irrelevant
+    for field in hf.keys() - unread - NOT_OF_THIS_MODEL:
+        # Perhaps it is another name of one.
+        name = FAMILIES[family].aliases.get(field, field)
+        with pytest.raises(UserError, match=f"config.json has {name}="):
+            FAMILIES[family].config_from_hf(hf | {field: [{}]})
+
+
+# Of models with windows, or with experts in groups, which these configs do not make.
+NOT_OF_THIS_MODEL = {"sliding_window", "n_group", "topk_group"}
 
 
 # --- Rotary positions ---

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from moe_jax.errors import UserError
 from moe_jax.interop.huggingface import files
-from moe_jax.interop.huggingface.loading import load
+from moe_jax.interop.huggingface.loading import load, load_decoder
 from moe_jax.interop.huggingface.saving import save
 from moe_jax.layers.embedding import EmbeddingScaling
 from moe_jax.models.abstract_model import arrays_of
@@ -441,3 +442,25 @@ def test_further_fields_make_no_other_model(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             save(model, "mixtral", tmp_path / "other", further)
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop", "empty"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", INDEX])
+def test_files_that_are_none(name, kind, tmp_path):
+    write(tmp_path, config_of("olmoe") | {"eos_token_id": 2}, weights_of("olmoe"))
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    library.save(str(tmp_path / "tokenizer.json"))
+    if name == INDEX:
+        (tmp_path / "model.safetensors").rename(tmp_path / "x.safetensors")
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    {"folder": path.mkdir, "loop": lambda: path.symlink_to(name), "empty": path.touch}[kind]()
+    with pytest.raises(UserError, match=r"has no|has neither|cannot be read|is damaged"):
+        load_decoder(tmp_path, make_mesh(MeshConfig()))
+
+
+@pytest.mark.parametrize("folder", ["a" * 300, "a\0b", "/dev/null", "/nowhere"])
+def test_folders_that_cannot_be(folder):
+    for opened in (load, load_decoder):
+        with pytest.raises(UserError, match=r"has no|is damaged"):
+            opened(folder, make_mesh(MeshConfig()))

@@ -192,8 +192,6 @@ def read(fields: Fields) -> DecoderLMConfig:
     """See `Family`."""
     fields.only("mlp_bias", False)
     fields.only("scoring_func", "softmax", None)
-    # transformers does not read norm_topk_prob of this family.
-    fields.raw("norm_topk_prob")
     return DecoderLMConfig(**model_fields(fields, _router(fields), dense=0, shared=2, routed=64))
 
 
@@ -245,7 +243,8 @@ FAMILY = Family(
     config_to_hf,
     tensors,
     aliases={"num_experts": "n_routed_experts"},
-    irrelevant=IRRELEVANT,
+    # The authors' code reads it, transformers does not.
+    irrelevant=IRRELEVANT | {"norm_topk_prob"},
     tables=ties.of_decoder,
     experts=llama_like.EXPERTS,
     unread=llama_like.unread,

@@ -29,7 +29,6 @@ def read(fields: Fields) -> DecoderLMConfig:
     fields.only("rope_interleave", True)
     fields.only("scoring_func", "sigmoid", None)
     fields.only("topk_method", "noaux_tc", None)
-    fields.raw("num_nextn_predict_layers")  # Counted by `unread`.
     experts = deepseek_v2.num_experts(fields, 256)
     count, chosen = deepseek_v2.groups(fields, experts, 8, 4)
     router = DeepSeekV3(
@@ -92,7 +91,8 @@ FAMILY = Family(
         "num_local_experts": "n_routed_experts",
         "num_mtp_layers": "num_nextn_predict_layers",
     },
-    irrelevant=deepseek_v2.IRRELEVANT,
+    # `unread` goes by the tensors.
+    irrelevant=deepseek_v2.IRRELEVANT | {"num_nextn_predict_layers"},
     tables=ties.of_decoder,
     experts=llama_like.EXPERTS,
     unread=unread,

@@ -22,7 +22,7 @@ MOST_LAYERS = 10_000
 MOST_EXPERTS = 100_000
 
 # No model computes anything else because of these, for one of five reasons.
-_IRRELEVANT = frozenset(
+IRRELEVANT = frozenset(
     {
         # Who wrote the file, and where from.
         "_name_or_path", "name_or_path", "_commit_hash", "architectures", "auto_map",
@@ -32,14 +32,20 @@ _IRRELEVANT = frozenset(
         "_attn_implementation", "attn_implementation", "_experts_implementation",
         "experts_implementation", "chunk_size_feed_forward", "output_attentions",
         "output_hidden_states", "output_past", "output_router_logits", "return_dict", "torchscript",
-        "use_cache", "use_bfloat16", "tf_legacy_loss", "pretraining_tp",
+        "use_cache", "use_bfloat16", "tf_legacy_loss", "pretraining_tp", "gradient_checkpointing",
+        "_flash_attn_2_enabled",
+        # Of models with one stack for two uses, which none of these has.
+        "is_decoder",
         # Losses and initial values of training, which are no part of a loaded config.
         "router_aux_loss_coef", "problem_type",
         # Numbers of tokens, which the tokenizer reads.
         "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
         # How texts are generated unless one says otherwise.
-        "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample",
-        "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+        "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids",
+        "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+        "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff",
+        "eta_cutoff", "exponential_decay_length_penalty", "num_assistant_tokens",
+        "num_assistant_tokens_schedule", "target_lookbehind",
         "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length",
         "max_new_tokens", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size",
         "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix",
@@ -190,7 +196,7 @@ class Fields(Mapping[str, Any]):
           UserError: there is one, and it says something.
         """
         for name in self:
-            if name in self._read or name in _IRRELEVANT or name in irrelevant:
+            if name in self._read or name in IRRELEVANT or name in irrelevant:
                 continue
             # Nothing is asked for: null, false, an empty text, list or object.
             value = self._values[name]
@@ -263,7 +269,6 @@ def check_decoder(fields: Fields) -> None:
     fields.only("is_encoder_decoder", False, None)
     fields.only("add_cross_attention", False, None)
     fields.only("cross_attention_hidden_size", None)
-    fields.raw("is_decoder")
 
 
 def check_encoder_decoder(fields: Fields) -> None:
@@ -274,9 +279,6 @@ def check_encoder_decoder(fields: Fields) -> None:
     """
     check_no_pruning(fields)
     fields.only("is_encoder_decoder", True, None)
-    # Set by the model itself for each of its stacks.
-    for name in ("add_cross_attention", "cross_attention_hidden_size", "is_decoder"):
-        fields.raw(name)
 
 
 def compute_dtype(fields: Fields) -> ComputeDtype:

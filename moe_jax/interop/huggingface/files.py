@@ -59,7 +59,8 @@ def read_config(folder: os.PathLike[str] | str) -> dict[str, Any]:
     Raises:
       UserError: there is none, it is damaged, or an adapter is beside it.
     """
-    if (pathlib.Path(folder) / _ADAPTER).exists():
+    # Unlike pathlib's, this has an answer to every error.
+    if os.path.exists(pathlib.Path(folder) / _ADAPTER):
         raise UserError(
             f"{folder} has an {_ADAPTER}, whose numbers change the model's; merge the adapter into the "
             "model and save that."
@@ -98,9 +99,9 @@ def tensors_of(folder: os.PathLike[str] | str) -> dict[str, Stored]:
     """
     place = pathlib.Path(folder)
     # With both, transformers takes the single file.
-    if (place / _SINGLE).exists():
+    if os.path.exists(place / _SINGLE):
         return _tensors_in(place / _SINGLE)
-    if not (place / _INDEX).exists():
+    if not os.path.exists(place / _INDEX):
         raise UserError(
             f"{folder} has neither {_SINGLE} nor {_INDEX}; save the model with safetensors."
         )

@@ -77,8 +77,12 @@ _GATED = (
 # Nothing reads it: cross-attention has no positions. The released T5 v1.0 has it.
 _UNREAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
-# Of training, of models with classes, or of the authors' own code.
-IRRELEVANT = LABELS | {"classifier_dropout", "initializer_factor", "n_positions"}
+# Of training, of models with classes, of stacks that are always as they are here, or of the authors'
+# own code.
+IRRELEVANT = LABELS | {
+    "add_cross_attention", "classifier_dropout", "cross_attention_hidden_size",
+    "initializer_factor", "n_positions",
+}  # fmt: skip
 
 
 def model_tensors(config: EncoderDecoderConfig) -> list[Tensor]:

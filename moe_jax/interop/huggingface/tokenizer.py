@@ -79,7 +79,7 @@ class FolderTokenizer(Tokenizer):
           UserError: there is none, or a file is damaged.
         """
         path = pathlib.Path(folder) / _FILE
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(
                 f"{folder} has no {_FILE}; save the tokenizer there with the `tokenizers` library."
             )

@@ -76,7 +76,14 @@ _NAMES = {
 # Of masked images, of a pooler that classification does not have, or names of classes.
 # Initial values of training are ours.
 _IRRELEVANT = frozenset(
-    {"encoder_stride", "initializer_range", "label2id", "pooler_act", "pooler_output_size"}
+    {
+        "encoder_stride",
+        "initializer_range",
+        "label2id",
+        "pooler_act",
+        "pooler_output_size",
+        "tie_word_embeddings",
+    }
 )
 
 # Names inside of a block as transformers 5 has them in memory, and as it writes them.
@@ -96,7 +103,6 @@ def read(fields: Fields) -> VisionConfig:
     check_no_pruning(fields)
     fields.only("attention_probs_dropout_prob", 0.0)
     fields.only("is_encoder_decoder", False, None)
-    fields.raw("is_decoder")  # No image model has a decoder to be.
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     fields.only("head_dim", width // heads, None)
     return VisionConfig(
