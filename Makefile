@@ -12,6 +12,7 @@
 #   make test-routers                every router class trains a small model on real text
 #   make test-all-routers            every entry of the catalogue does
 #   make test-parity                transformers' routers and models computed anew, against the committed files
+#   make test-huggingface           200 random checkpoints of all families against transformers 5 and 4.57
 #   make test-tpu                   programs for TPUs, compiled by libtpu on this machine
 #   make test-pods                  published giants, compiled for their machines, against their budgets
 #   make test-browser               reports in a headless browser, which it installs on Debian
@@ -29,7 +30,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requi
 # Files are given out in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install install-test quickstart reproduce test test-fast test-first-losses test-slow test-layouts test-routers test-all-routers test-parity test-tpu test-pods test-browser test-wheel lint lock clean
+.PHONY: install install-test quickstart reproduce test test-fast test-first-losses test-slow test-layouts test-routers test-all-routers test-parity test-huggingface test-tpu test-pods test-browser test-wheel lint lock clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -94,6 +95,19 @@ test-parity: install-test
 	$(BIN)/python tests/parity/generate.py --check
 	$(BIN)/python tests/parity/models/generate.py --check
 	$(BIN)/python tests/parity/models/load_ours.py
+	$(BIN)/python -m tests.huggingface.generated --check
+	$(BIN)/python -m tests.huggingface.compare --first=180 --cases=20
+
+# transformers 4 needs older libraries than those of requirements.lock, so it has an environment of its own.
+.venv-transformers4/.installed: setup.py
+	$(PYTHON) -m venv .venv-transformers4
+	.venv-transformers4/bin/pip --disable-pip-version-check install --quiet --editable .[transformers4]
+	@touch $@
+
+test-huggingface: install-test .venv-transformers4/.installed
+	$(PIP) --editable .[parity]
+	$(BIN)/python -m tests.huggingface.generated --check
+	$(BIN)/python -m tests.huggingface.compare --old=.venv-transformers4/bin/python --check
 
 # libtpu is a compiler for TPUs that needs none, but exists for one platform only.
 test-tpu: install-test

@@ -61,6 +61,8 @@ setup(
         "notebooks": ["ipykernel", "nbclient"],
         # To compare with another implementation; pinned, because the committed outputs are theirs.
         "parity": ["torch==2.13.0", "transformers==5.23.0"],
+        # In an environment of its own: it opens what moe_jax wrote, and needs older libraries.
+        "transformers4": ["torch==2.13.0", "transformers==4.57.6"],
         "gpu": ["jax[cuda12]", "tokamax>=0.0.12"],
         "tpu": ["jax[tpu]"],
         # For checkpoints in gs:// buckets.

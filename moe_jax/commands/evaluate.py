@@ -2,32 +2,51 @@
 
     python experiments/evaluate.py --workdir=runs/quickstart/moe [--split=test] [--format=json]
         [--routing [--saturation_from=STEP]]
+    python experiments/evaluate.py --checkpoint=hf:PATH --config=configs/quickstart.py [--mesh=expert:8]
 
-Uses the newest good checkpoint; --mesh=data:1,expert:2 evaluates on another mesh than the run's.
+A Hugging Face folder is evaluated on the data and the task of a config, on text in the folder's own
+tokens; the rest of the config is not read. Of a run the newest good checkpoint is used;
+--mesh=data:1,expert:2 evaluates on another mesh than the run's.
 --routing also writes where every token went, summed up, to the run's folder: load, balance, drops by
 position, experts by domain, co-activation and more, as routing_<split>_<step>.json and .png.
 """
 
+import dataclasses
 import json
 import sys
+from typing import Any
 
 import jax
 from absl import flags
 from etils import epath
 
+from moe_jax import command_line
 from moe_jax.analysis import routing_report
+from moe_jax.data.corpus import CorpusData
 from moe_jax.data.interface import Pipeline
 from moe_jax.errors import UserError
+from moe_jax.interop.huggingface.loading import folder_named, load
+from moe_jax.interop.huggingface.tokenizer import FolderTokens
+from moe_jax.models.abstract_model import arrays_of
+from moe_jax.models.encoder_decoder import EncoderDecoderConfig
+from moe_jax.parallel.mesh import MeshConfig, force_host_devices, make_mesh, parse_mesh
 from moe_jax.training import metrics
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.observation import routing_statistics
+from moe_jax.training.run import Run
 from moe_jax.training.trained import Trained
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "In place of workdir: hf:PATH, a folder of Hugging Face's, with --config."
+)
+_CONFIG = command_line.define_config()
 _SPLIT = flags.DEFINE_string("split", None, "Held-out split or slice; default: the config's.")
 flags.register_validator("split", lambda name: name != "", "name a split, such as validation")
 _BATCHES = flags.DEFINE_integer("batches", None, "Batches; default: the config's.", lower_bound=1)
-_MESH = flags.DEFINE_string("mesh", "", "Such as data:2,expert:4; default: the run's.")
+_MESH = flags.DEFINE_string(
+    "mesh", "", "Such as data:2,expert:4; default: the run's, or one device."
+)
 _ROUTING = flags.DEFINE_bool("routing", False, "Also write statistics of the routing.")
 _SATURATION = flags.DEFINE_integer(
     "saturation_from", None, "Step of a kept checkpoint whose routing is compared, with --routing."
@@ -37,32 +56,84 @@ _FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What stdout g
 
 def main() -> None:
     """Evaluates and prints."""
-    if _SATURATION.value is not None and not _ROUTING.value:
-        raise UserError(
-            f"saturation_from is {_SATURATION.value}, but it needs --routing; give both."
-        )
+    _check_flags()
+    if _CHECKPOINT.value is not None:
+        _evaluate_checkpoint(folder_named(_CHECKPOINT.value))
+        return
     trained = Trained.load(_WORKDIR.value, _MESH.value)
     config = trained.run.config
     if _ROUTING.value and not config.model.moe_layers:
         raise UserError("the model has 0 MoE layers and routes nothing; leave --routing out.")
-    split = _SPLIT.value or config.data.held_out_split
-    batches = _BATCHES.value or config.evaluation.batches
     data = trained.open_data()
-    evaluate = Evaluator(trained.run, data, split, batches)
-    with jax.set_mesh(trained.run.mesh):
-        measured = evaluate(trained.parameters, trained.variables)
+    split, batches = _evaluate(
+        trained.run, data, trained.parameters, trained.variables, {"step": trained.step}
+    )
     if _ROUTING.value:
         _write_routing(trained, data, split, batches)
-    if _FORMAT.value == "json":
-        print(
-            json.dumps(
-                {"step": trained.step, "split": split, "batches": evaluate.num_batches, **measured}
-            )
+
+
+def _check_flags() -> None:
+    if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
+        raise UserError(
+            f"workdir is {_WORKDIR.value} and checkpoint is {_CHECKPOINT.value}; give one of the two."
         )
-        return
+    if _SATURATION.value is not None and not _ROUTING.value:
+        raise UserError(
+            f"saturation_from is {_SATURATION.value}, but it needs --routing; give both."
+        )
+    if _ROUTING.value and _CHECKPOINT.value is not None:
+        raise UserError(
+            f"checkpoint is {_CHECKPOINT.value}, but --routing writes to a run's folder; leave it out."
+        )
+    if _WORKDIR.value is not None and flags.FLAGS["config"].value is not None:
+        raise UserError(
+            f"workdir is {_WORKDIR.value}, whose run has a config of its own; leave --config out."
+        )
+
+
+def _evaluate_checkpoint(folder: str) -> None:
+    """Evaluates a folder of Hugging Face's on the data of --config."""
+    config = command_line.experiment(_CONFIG.value)
+    mesh_config = parse_mesh(_MESH.value, MeshConfig())
+    mesh_config.validate()
+    force_host_devices(mesh_config.host_devices)
+    mesh = make_mesh(mesh_config)
+    model = load(folder, mesh)
+    if isinstance(model.config, EncoderDecoderConfig):
+        raise UserError(
+            f"{folder} holds a {type(model).__name__}, whose targets begin and end with other tokens "
+            "than the data's; name a folder of a decoder or of an image model."
+        )
+    data = config.data
+    if isinstance(data, CorpusData):
+        data = dataclasses.replace(data, tokenizer=FolderTokens(folder=folder))
+    config = dataclasses.replace(
+        config, model=model.config, data=data, mesh=mesh_config, microbatches=1
+    )
+    config.validate()
+    parameters, variables = arrays_of(model)
+    run = Run.on(config, mesh)
+    _evaluate(run, config.data.open(config.seed), parameters, variables, {"checkpoint": folder})
+
+
+def _evaluate(
+    run: Run, data: Pipeline, parameters: Any, variables: Any, what: dict[str, Any]
+) -> tuple[str, int]:
+    """Evaluates, prints, and returns the split and how many batches were asked for."""
+    split = _SPLIT.value or run.config.data.held_out_split
+    batches = _BATCHES.value or run.config.evaluation.batches
+    evaluate = Evaluator(run, data, split, batches)
+    with jax.set_mesh(run.mesh):
+        measured = evaluate(parameters, variables)
+    if _FORMAT.value == "json":
+        found = {**what, "split": split, "batches": evaluate.num_batches, **measured}
+        print(json.dumps(found))
+        return split, batches
+    named = ", ".join(f"{name} {value}" for name, value in what.items())
     asked = "" if evaluate.num_batches == batches else f" (all there are; {batches} were asked for)"
-    print(f"step {trained.step}, {split} split, {evaluate.num_batches} batches{asked}")
+    print(f"{named}, {split} split, {evaluate.num_batches} batches{asked}")
     print(metrics.held_out_table(measured, of_text=data.tokenizer is not None))
+    return split, batches
 
 
 def _write_routing(trained: Trained, data: Pipeline, split: str, batches: int) -> None:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.decoding.generation import generate_texts
 from moe_jax.errors import UserError
-from moe_jax.interop.huggingface.loading import load_decoder
+from moe_jax.interop.huggingface.loading import folder_named, load_decoder
 from moe_jax.models.encoder_decoder import EncoderDecoderConfig
 from moe_jax.parallel.mesh import MeshConfig, force_host_devices, make_mesh, parse_mesh
 from moe_jax.training.trained import Trained
@@ -83,9 +83,7 @@ def _open() -> tuple[Any, Mesh, Tokenizer]:
 
 def _open_checkpoint(checkpoint: str) -> tuple[Any, Mesh, Tokenizer]:
     """The same of another library's folder, written as hf:PATH."""
-    library, _, folder = checkpoint.partition(":")
-    if library != "hf" or not folder:
-        raise UserError(f"checkpoint is {checkpoint!r}; write it as hf:PATH.")
+    folder = folder_named(checkpoint)
     config = parse_mesh(_MESH.value, MeshConfig())
     config.validate()
     force_host_devices(config.host_devices)

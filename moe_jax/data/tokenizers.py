@@ -41,6 +41,11 @@ class Tokenizer(abc.ABC):
         """The smallest unsigned type that holds every token: uint16 or uint32, little-endian."""
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text where a model draws one of them."""
+        return (self.EOS,)
+
     @abc.abstractmethod
     def encode(self, text: str | bytes, where: str = "text") -> np.ndarray:
         """Returns the tokens of `text`, `dtype` [tokens], without BOS or EOS.

@@ -20,7 +20,8 @@ class Sampling:
 
     Attributes:
       temperature: divides the logits; 0 takes the most probable token.
-      top_k: only the k most probable tokens are drawn; 0 for all.
+      top_k: only the k most probable tokens are drawn, of equally probable ones the first; 0 for
+        all.
     """
 
     temperature: float = 1.0
@@ -61,8 +62,11 @@ def draw(
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if sampling.top_k:
-        threshold = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+        # By place, because the k-th may be as probable as others.
+        places = jax.lax.top_k(logits, sampling.top_k)[1]
+        rows = jnp.arange(logits.shape[0])[:, None]
+        kept = jnp.zeros(logits.shape, bool).at[rows, places].set(True)
+        logits = jnp.where(kept, logits, -jnp.inf)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
     drawn = jax.vmap(jax.random.categorical)(keys, logits / sampling.temperature)
     return drawn.astype(jnp.int32)

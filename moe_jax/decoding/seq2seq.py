@@ -27,6 +27,21 @@ from moe_jax.parallel.mesh import TOKEN_AXES
 from moe_jax.parallel.sharding import axis_size
 
 
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """The tokens around a target.
+
+    Attributes:
+      begin: what a target begins with.
+      ends: each of them ends it.
+      pad: follows the end.
+    """
+
+    begin: int = Tokenizer.BOS
+    ends: tuple[int, ...] = (Tokenizer.EOS,)
+    pad: int = Tokenizer.PAD
+
+
 def sample(
     model: EncoderDecoder,
     inputs: jax.Array,
@@ -35,8 +50,9 @@ def sample(
     new_tokens: int,
     sampling: Sampling,
     allowed: jax.Array | None = None,
+    frame: Frame = Frame(),
 ) -> jax.Array:
-    """Draws a target for each input; jit-able with `new_tokens` and `sampling` static.
+    """Draws a target for each input; jit-able with `new_tokens`, `sampling` and `frame` static.
 
     Args:
       model: the model.
@@ -46,9 +62,10 @@ def sample(
       new_tokens: N, at least 1.
       sampling: how to draw; temperature 0 is greedy.
       allowed: [V] bool, ids that may be drawn; None for all.
+      frame: the tokens around a target.
 
     Returns:
-      [B, N] int32, `Tokenizer.EOS` included if it was reached, and PAD after it.
+      [B, N] int32, the end included if one was reached, and padding after it.
     """
     cache = _encoded(model, inputs, mask, new_tokens)
     batch = inputs.shape[0]
@@ -61,19 +78,19 @@ def sample(
         index, last, tokens, ended, cache = carry
         logits, _, cache = model.decode(None, mask, last[:, None], None, Mode.DECODE, cache=cache)
         drawn = draw(logits[:, -1], sampling, jax.random.fold_in(key, index), allowed)
-        last = jnp.where(ended, Tokenizer.PAD, drawn)
+        last = jnp.where(ended, frame.pad, drawn)
         return (
             index + 1,
             last,
             tokens.at[:, index].set(last),
-            ended | (last == Tokenizer.EOS),
+            ended | jnp.isin(last, jnp.array(frame.ends)),
             cache,
         )
 
     start = (
         jnp.zeros((), jnp.int32),
-        jnp.full(batch, Tokenizer.BOS, jnp.int32),
-        jnp.full((batch, new_tokens), Tokenizer.PAD, jnp.int32),
+        jnp.full(batch, frame.begin, jnp.int32),
+        jnp.full((batch, new_tokens), frame.pad, jnp.int32),
         jnp.zeros(batch, bool),
         cache,
     )

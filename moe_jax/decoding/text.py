@@ -44,6 +44,12 @@ def continue_texts(
     """
     sampling.validate(model.config.vocab_size)
     encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    for tokens in encoded:
+        if tokens.max() >= model.config.vocab_size:
+            raise UserError(
+                f"a prompt has token {tokens.max()}, but model.vocab_size is "
+                f"{model.config.vocab_size}; the tokenizer belongs to another model."
+            )
     longest = max(map(len, encoded))
     # The last token that is drawn is never read.
     room = model.config.max_length - longest + 1
@@ -75,10 +81,10 @@ def continue_texts(
     with jax.set_mesh(mesh):
         tokens, mask = jax.device_put((tokens, mask), sharding)
         drawn = jax.device_get(run(parameters, tokens, mask))
-    return [tokenizer.decode(_until(tokenizer.EOS, row)) for row in drawn[: len(prompts)]]
+    return [tokenizer.decode(_until(tokenizer.ends, row)) for row in drawn[: len(prompts)]]
 
 
-def _until(end: int, row: np.ndarray) -> np.ndarray:
-    """The part of `row` before the first `end`."""
-    ends = np.flatnonzero(row == end)
-    return row[: ends[0]] if len(ends) else row
+def _until(ends: Sequence[int], row: np.ndarray) -> np.ndarray:
+    """The part of `row` before the first of any of `ends`."""
+    places = np.flatnonzero(np.isin(row, ends))
+    return row[: places[0]] if len(places) else row

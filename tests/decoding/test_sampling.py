@@ -127,3 +127,19 @@ def test_left_padded():
 def test_bad_values_are_named(sampling, message):
     with pytest.raises(UserError, match=message):
         sampling.validate(V)
+
+
+@pytest.mark.parametrize("k, drawn", [(1, {1}), (2, {1, 2}), (3, {0, 1, 2}), (4, {0, 1, 2, 3})])
+def test_of_equally_probable_tokens_the_first_k_are_drawn(k, drawn):
+    logits = jnp.array([[1.0, 3.0, 3.0, 1.0]])
+    keys = jax.random.split(jax.random.key(0), 300)
+    draws = jax.vmap(lambda key: draw(logits, Sampling(top_k=k), key))(keys)
+    assert set(np.asarray(draws).ravel().tolist()) == drawn
+
+
+def test_top_k_leaves_out_what_may_not_be_drawn():
+    logits = jnp.array([[3.0, 3.0, 2.0, 2.0, 1.0]])
+    allowed = jnp.array([False, True, False, True, True])
+    keys = jax.random.split(jax.random.key(0), 300)
+    draws = jax.vmap(lambda key: draw(logits, Sampling(top_k=2), key, allowed))(keys)
+    assert set(np.asarray(draws).ravel().tolist()) == {1, 3}

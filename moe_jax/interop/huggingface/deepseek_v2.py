@@ -1,22 +1,14 @@
 """DeepSeek-V2 and V2-Lite (2024): `DeepseekV2ForCausalLM`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.errors import UserError
-from moe_jax.interop.huggingface import llama_like
-from moe_jax.interop.huggingface.family import (
-    Family,
-    Fields,
-    component,
-    dropless_moe,
-    moe_blocks,
-    refuse_other,
-    required,
-)
+from moe_jax.interop.huggingface import llama_like, ties
+from moe_jax.interop.huggingface.family import Family, component, dropless_moe, moe_blocks
+from moe_jax.interop.huggingface.fields import MOST_EXPERTS, REQUIRED, Fields
+from moe_jax.interop.huggingface.rotary import read_rotary, rotary_fields
 from moe_jax.interop.huggingface.table import Tensor, TensorRow
 from moe_jax.layers.latent_attention import MultiHeadLatent
-from moe_jax.layers.positions import RotaryScaling
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.routing.deepseek import DeepSeekV2
 from moe_jax.routing.losses import Losses
@@ -37,20 +29,15 @@ _WIDTHS = {
     "value_width": "v_head_dim",
 }
 
-# Their name of each field of `RotaryScaling`, and what they take where it is missing.
-_SCALING: Mapping[str, tuple[str, float | int]] = {
-    "factor": ("factor", 1.0),
-    "original_length": ("original_max_position_embeddings", 4096),
-    "beta_fast": ("beta_fast", 32.0),
-    "beta_slow": ("beta_slow", 1.0),
-    "mscale": ("mscale", 1.0),
-    "mscale_all_dim": ("mscale_all_dim", 0.0),
-}
-
 # The norms of the compressed vectors have transformers' default, whatever rms_norm_eps is.
 _LATENT_EPSILON = 1e-6
 
 _GREEDY, _LIMITED = "greedy", "group_limited_greedy"
+
+# Of the authors' own training code, or what transformers computes from other fields.
+IRRELEVANT = llama_like.IRRELEVANT | {
+    "aux_loss_alpha", "ep_size", "qk_head_dim", "seq_aux", "use_mla"
+}  # fmt: skip
 
 
 def attention_rows(attention: MultiHeadLatent) -> tuple[TensorRow, ...]:
@@ -74,65 +61,114 @@ def attention_rows(attention: MultiHeadLatent) -> tuple[TensorRow, ...]:
     )
 
 
-def latent_attention(hf: Fields) -> MultiHeadLatent:
-    """The attention of both generations."""
-    refuse_other(hf, attention_bias=False)
-    return MultiHeadLatent(
-        **{ours: required(hf, theirs) for ours, theirs in _WIDTHS.items()},
-        query_rank=hf.get("q_lora_rank") or 0,
-        rotary_base=float(llama_like.rotary(hf)["rope_theta"]),
-        norm_epsilon=_LATENT_EPSILON,
-        rotary_scaling=_rotary_scaling(hf),
-    )
+def latent_attention(fields: Fields) -> MultiHeadLatent:
+    """The attention of both generations.
 
-
-def _rotary_scaling(hf: Fields) -> RotaryScaling:
-    parameters = llama_like.rotary(hf)
-    if parameters["rope_type"] == "default":
-        return RotaryScaling()
-    if parameters["rope_type"] != "yarn":
+    Raises:
+      UserError: biases, shared heads, or rotary positions that are not supported.
+    """
+    fields.only("attention_bias", False)
+    fields.only("num_key_value_heads", fields.integer("num_attention_heads"), None)
+    widths = {ours: fields.integer(theirs) for ours, theirs in _WIDTHS.items()}
+    rotary_width = widths["rotary_width"]
+    if rotary_width % 2:
         raise UserError(
-            f"config.json has rotary positions of type {parameters['rope_type']!r}; supported for "
-            f"{hf['model_type']} are 'default' and 'yarn'."
+            f"config.json has qk_rope_head_dim={rotary_width}; rotary positions need an even width."
         )
-    return RotaryScaling(
-        **{name: parameters.get(key, default) for name, (key, default) in _SCALING.items()}
+    # What is rotated, in these families.
+    fields.only("head_dim", rotary_width, None)
+    base, scaling = read_rotary(
+        fields, 10_000.0, rotary_width, fields.integer("max_position_embeddings"), True
+    )
+    query_rank = fields.raw("q_lora_rank", 1536)
+    return MultiHeadLatent(
+        **widths,
+        query_rank=0 if query_rank is None else fields.integer("q_lora_rank", 1536),
+        rotary_base=base,
+        norm_epsilon=_LATENT_EPSILON,
+        rotary_scaling=scaling,
     )
 
 
 def latent_fields(attention: MultiHeadLatent) -> dict[str, Any]:
     """The inverse of `latent_attention`."""
-    rotary = {"rope_theta": attention.rotary_base, "rope_type": "default"}
-    if attention.rotary_scaling.factor != 1:
-        rotary["rope_type"] = "yarn"
-        rotary |= {
-            key: getattr(attention.rotary_scaling, name) for name, (key, _) in _SCALING.items()
-        }
     return {
         **{theirs: getattr(attention, ours) for ours, theirs in _WIDTHS.items()},
         "q_lora_rank": attention.query_rank or None,
         "attention_bias": False,
-        "rope_theta": attention.rotary_base,
-        "rope_parameters": rotary,
+        **rotary_fields(attention.rotary_base, attention.rotary_scaling, True),
     }
 
 
-def model_fields(hf: Fields, router: TokenChoice) -> dict[str, Any]:
-    """Fields of `DecoderLMConfig` that both generations have."""
-    layers, dense = required(hf, "num_hidden_layers"), hf.get("first_k_dense_replace", 0)
-    refuse_other(hf, moe_layer_freq=1)
-    moe = dropless_moe(
-        router, llama_like.feed_forward(hf), shared_experts=hf.get("n_shared_experts") or 0
-    )
+def model_fields(
+    fields: Fields, router: TokenChoice, dense: int, shared: int, routed: int
+) -> dict[str, Any]:
+    """Fields of `DecoderLMConfig` that both generations have.
+
+    Args:
+      fields: config.json.
+      router: of the MoEs.
+      dense: the family's default of `first_k_dense_replace`.
+      shared: of `n_shared_experts`.
+      routed: of `n_routed_experts`.
+
+    Raises:
+      UserError: config.json asks for what is not supported.
+    """
+    fields.only("moe_layer_freq", 1, None)
+    model = llama_like.model_fields(fields)
+    layers = model["num_layers"]
+    first = min(fields.integer("first_k_dense_replace", dense, at_least=0), layers)
+    # Null is none in the authors' own code.
+    shared_experts = fields.raw("n_shared_experts", shared)
+    if shared_experts is not None:
+        shared_experts = fields.integer("n_shared_experts", shared, at_least=0)
+    moe = dropless_moe(router, llama_like.feed_forward(fields), shared_experts=shared_experts or 0)
     return {
-        **llama_like.model_fields(hf),
-        **moe_blocks(list(range(dense, layers)), layers),
-        "mlp_width": required(hf, "intermediate_size"),
-        "expert_width": required(hf, "moe_intermediate_size"),
-        "attention": latent_attention(hf),
-        "num_experts": required(hf, "n_routed_experts"),
+        **model,
+        **moe_blocks(list(range(first, layers)), layers),
+        "mlp_width": fields.integer("intermediate_size"),
+        "expert_width": fields.integer("moe_intermediate_size"),
+        "attention": latent_attention(fields),
+        "num_experts": num_experts(fields, routed),
         "moe": moe,
     }
+
+
+def num_experts(fields: Fields, default: int) -> int:
+    """Of each MoE, without the shared ones."""
+    return fields.integer("n_routed_experts", default, at_most=MOST_EXPERTS)
+
+
+def groups(
+    fields: Fields, experts: int, default_groups: Any, default_per_token: Any
+) -> tuple[int, int]:
+    """How many groups the experts are in, and from how many a token's come.
+
+    Args:
+      fields: config.json.
+      experts: how many there are.
+      default_groups, default_per_token: the family's.
+
+    Raises:
+      UserError: they cannot be, or have too few experts for a token.
+    """
+    count = fields.integer("n_group", default_groups)
+    chosen = fields.integer("topk_group", default_per_token)
+    k = fields.integer("num_experts_per_tok")
+    if experts % count:
+        raise UserError(
+            f"config.json has n_group={count}, which does not divide n_routed_experts={experts}; "
+            "correct it."
+        )
+    if chosen > count:
+        raise UserError(f"config.json has topk_group={chosen}, but n_group={count}; correct it.")
+    if k > chosen * (experts // count):
+        raise UserError(
+            f"config.json has num_experts_per_tok={k}, but topk_group={chosen} groups have "
+            f"{chosen * (experts // count)} experts; correct it."
+        )
+    return count, chosen
 
 
 def hf_fields(config: DecoderLMConfig, model_type: str, architecture: str) -> dict[str, Any]:
@@ -148,28 +184,28 @@ def hf_fields(config: DecoderLMConfig, model_type: str, architecture: str) -> di
         "intermediate_size": config.mlp_width,
         "moe_intermediate_size": config.expert_width or config.mlp_width,
         "n_routed_experts": config.num_experts,
-        "n_shared_experts": config.moe.shared_experts or None,
+        "n_shared_experts": config.moe.shared_experts,
     }
 
 
-def config_from_hf(hf: Fields) -> DecoderLMConfig:
+def read(fields: Fields) -> DecoderLMConfig:
     """See `Family`."""
-    # transformers does not read norm_topk_prob of this family.
-    refuse_other(hf, mlp_bias=False, scoring_func="softmax")
-    return DecoderLMConfig(**model_fields(hf, _router(hf)))
+    fields.only("mlp_bias", False)
+    fields.only("scoring_func", "softmax", None)
+    return DecoderLMConfig(**model_fields(fields, _router(fields), dense=0, shared=2, routed=64))
 
 
-def _router(hf: Fields) -> TopK | DeepSeekV2:
-    k, scale = required(hf, "num_experts_per_tok"), hf.get("routed_scaling_factor", 1.0)
-    method = hf.get("topk_method", _GREEDY)
-    if method == _GREEDY:
+def _router(fields: Fields) -> TopK | DeepSeekV2:
+    experts = num_experts(fields, 64)
+    k = llama_like.experts_per_token(fields, fields.integer("num_experts_per_tok"), experts)
+    scale = fields.number("routed_scaling_factor", 1.0)
+    limited = fields.choice("topk_method", {_GREEDY: False, _LIMITED: True}, _GREEDY)
+    if not limited:
+        for name in ("n_group", "topk_group"):  # Only of the other method.
+            fields.raw(name)
         return TopK(k=k, gate_scale=scale, losses=Losses())
-    if method == _LIMITED:
-        groups = Losses(devices=hf["n_group"], devices_per_token=hf["topk_group"])
-        return DeepSeekV2(k=k, gate_scale=scale, losses=groups)
-    raise UserError(
-        f"config.json has topk_method={method!r}; supported are {_GREEDY} and {_LIMITED}."
-    )
+    count, chosen = groups(fields, experts, REQUIRED, REQUIRED)
+    return DeepSeekV2(k=k, gate_scale=scale, losses=Losses(devices=count, devices_per_token=chosen))
 
 
 def config_to_hf(config: DecoderLMConfig) -> dict[str, Any]:
@@ -201,4 +237,15 @@ def tensors(config: DecoderLMConfig) -> list[Tensor]:
     return llama_like.tensors(config, attention_rows(attention), SPARSE)
 
 
-FAMILY = Family("deepseek_v2", config_from_hf, config_to_hf, tensors, llama_like.IGNORED)
+FAMILY = Family(
+    "deepseek_v2",
+    read,
+    config_to_hf,
+    tensors,
+    aliases={"num_experts": "n_routed_experts"},
+    # The authors' code reads it, transformers does not.
+    irrelevant=IRRELEVANT | {"norm_topk_prob"},
+    tables=ties.of_decoder,
+    experts=llama_like.EXPERTS,
+    unread=llama_like.unread,
+)

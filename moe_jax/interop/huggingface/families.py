@@ -1,5 +1,8 @@
 """All families by the name that config.json has for them."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from moe_jax.errors import UserError
 from moe_jax.interop.huggingface import (
     deepseek_v2,
@@ -12,7 +15,8 @@ from moe_jax.interop.huggingface import (
     t5,
     vit,
 )
-from moe_jax.interop.huggingface.family import Family, Fields
+from moe_jax.interop.huggingface.family import Family
+from moe_jax.interop.huggingface.fields import shortened
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
@@ -38,12 +42,12 @@ def family_named(model_type: str) -> Family:
     """
     if model_type not in FAMILIES:
         raise UserError(
-            f"model_type is {model_type!r}; supported are {', '.join(sorted(FAMILIES))}."
+            f"model_type is {shortened(model_type)}; supported are {', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[model_type]
 
 
-def family_of(hf: Fields) -> Family:
+def family_of(hf: Mapping[str, Any]) -> Family:
     """The family of a config.json.
 
     Raises:

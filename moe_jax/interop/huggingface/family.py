@@ -1,4 +1,4 @@
-"""What a family's file offers, and how it reads fields of config.json."""
+"""What a family's file offers, and what several families need."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,23 +6,28 @@ from typing import Any, TypeVar
 
 from moe_jax.dispatch.dropless import Dropless
 from moe_jax.errors import UserError
+from moe_jax.interop.huggingface.fields import Fields
+from moe_jax.interop.huggingface.files import Stored
 from moe_jax.interop.huggingface.table import Tensor
+from moe_jax.interop.huggingface.ties import Tables
 from moe_jax.layers.feed_forward import Activation, FeedForwardForm
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.layers.shared_experts import BranchMix
-from moe_jax.models.stack import ComputeDtype, StackConfig
+from moe_jax.models.stack import StackConfig
 from moe_jax.routing.router import Router
-
-# A config.json.
-Fields = Mapping[str, Any]
 
 _Component = TypeVar("_Component")
 
-_ACTIVATIONS = {
+# The first name of each is the one that is written.
+ACTIVATIONS = {
     "relu": Activation.RELU,
     "gelu": Activation.GELU_EXACT,
+    "gelu_python": Activation.GELU_EXACT,
     "gelu_new": Activation.GELU,
+    "gelu_pytorch_tanh": Activation.GELU,
+    "gelu_fast": Activation.GELU,
     "silu": Activation.SILU,
+    "swish": Activation.SILU,
 }
 
 
@@ -32,47 +37,49 @@ class Family:
 
     Attributes:
       model_type: its name in config.json.
-      config_from_hf: our config of a config.json; raises UserError where we have no such model.
+      read: our config of a config.json; raises UserError where we have no such model.
       config_to_hf: the inverse; what it cannot express it leaves out.
       tensors: of a config's checkpoint.
-      ignored: regular expression of tensors that are not read, such as copies of tied ones.
+      aliases: further names of fields: {further name: field}.
+      irrelevant: fields that change nothing that one of this family computes.
+      tables: which tables of tokens of a folder are tied; see `Tables`.
+      copies: tensors of a model that are written once more under another name: {name: the
+        tensor's}.
+      renamed: names of tensors that transformers 5 may give instead: (pattern, replacement) makes
+        those of `tensors` of them.
+      experts: names of an expert's gate, input and output, which transformers 5 may fuse over the
+        experts; None where there are none to fuse.
+      not_in_float16: ends of paths of parameters that stay as they are where float16 is asked for.
+      unread: names of a folder's tensors that no model of the family computes with.
     """
 
     model_type: str
-    config_from_hf: Callable[[Fields], Any]
+    read: Callable[[Fields], Any]
     config_to_hf: Callable[[Any], dict[str, Any]]
     tensors: Callable[[Any], list[Tensor]]
-    ignored: str = "(?!)"
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    irrelevant: frozenset[str] = frozenset()
+    tables: Callable[[Any, Mapping[str, Stored]], Tables] = lambda config, _: Tables(config)
+    copies: Callable[[Any], dict[str, str]] = lambda _: {}
+    renamed: tuple[tuple[str, str], ...] = ()
+    experts: tuple[str, str, str] | None = None
+    not_in_float16: tuple[str, ...] = ()
+    unread: Callable[[Any, Mapping[str, Stored]], set[str]] = lambda *_: set()
 
+    def config_from_hf(self, hf: Mapping[str, Any]) -> Any:
+        """Our config of a config.json.
 
-def required(hf: Fields, name: str) -> Any:
-    """A field that has no default.
-
-    Raises:
-      UserError: it is missing.
-    """
-    if name not in hf:
-        raise UserError(f"config.json has no {name}, which a {hf['model_type']} needs; add it.")
-    return hf[name]
-
-
-def refuse_other(hf: Fields, **supported: Any) -> None:
-    """Raises UserError for a field whose value is not the only one supported; it may be missing."""
-    for name, value in supported.items():
-        if hf.get(name, value) != value:
-            raise UserError(
-                f"config.json has {name}={hf[name]!r}; only {name}={value!r} is supported for "
-                f"{hf['model_type']}."
-            )
-
-
-def copied(hf: Fields, names: Mapping[str, str]) -> dict[str, Any]:
-    """Fields that only have another name there: {ours: theirs}."""
-    return {ours: required(hf, theirs) for ours, theirs in names.items()}
+        Raises:
+          UserError: we have no such model, or a field is not known.
+        """
+        fields = Fields(hf, self.aliases)
+        config = self.read(fields)
+        fields.refuse_unread(self.irrelevant)
+        return config
 
 
 def copied_back(config: Any, names: Mapping[str, str]) -> dict[str, Any]:
-    """The inverse of `copied`."""
+    """Fields that only have another name there: {ours: theirs}."""
     return {theirs: getattr(config, ours) for ours, theirs in names.items()}
 
 
@@ -90,28 +97,18 @@ def component(value: Any, kind: type[_Component], name: str, family: str) -> _Co
     return value
 
 
-def activation(hf: Fields, name: str) -> Activation:
+def activation(fields: Fields, name: str, default: str) -> Activation:
     """The activation that a field names.
 
     Raises:
       UserError: it is not one of ours.
     """
-    if hf[name] not in _ACTIVATIONS:
-        raise UserError(
-            f"config.json has {name}={hf[name]!r}; supported are {', '.join(_ACTIVATIONS)}."
-        )
-    return _ACTIVATIONS[hf[name]]
+    return fields.choice(name, ACTIVATIONS, default)
 
 
 def activation_name(ours: Activation) -> str:
     """The inverse of `activation`."""
-    return next(name for name, value in _ACTIVATIONS.items() if value == ours)
-
-
-def compute_dtype(hf: Fields) -> ComputeDtype:
-    """bfloat16 for models saved in it, otherwise float32."""
-    name = hf.get("dtype", hf.get("torch_dtype"))
-    return ComputeDtype.BFLOAT16 if name == "bfloat16" else ComputeDtype.FLOAT32
+    return next(name for name, value in ACTIVATIONS.items() if value == ours)
 
 
 def dropless_moe(

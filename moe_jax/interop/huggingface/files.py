@@ -20,6 +20,7 @@ from moe_jax.interop.huggingface.layout import Region
 CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
@@ -36,77 +37,140 @@ class Stored:
 
     Attributes:
       file: its file.
+      name: its name there.
       shape: its shape.
       dtype: its dtype.
+      index: of an axis before the first one, where the tensor is a part of the file's; None where
+        there is none.
+      start: where along its first axis it begins in the file's.
     """
 
     file: pathlib.Path
+    name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    index: int | None = None
+    start: int = 0
 
 
 def read_config(folder: os.PathLike[str] | str) -> dict[str, Any]:
     """config.json.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: there is none, it is damaged, or an adapter is beside it.
     """
-    path = pathlib.Path(folder) / CONFIG
+    # Unlike pathlib's, this has an answer to every error.
+    if os.path.exists(pathlib.Path(folder) / _ADAPTER):
+        raise UserError(
+            f"{folder} has an {_ADAPTER}, whose numbers change the model's; merge the adapter into the "
+            "model and save that."
+        )
     try:
-        return json.loads(path.read_text())
+        return read_json(pathlib.Path(folder) / CONFIG)
     except OSError as error:
         raise UserError(
             f"{folder} has no readable {CONFIG} ({error.strerror}); name a folder of a Hugging Face "
             "model."
         ) from error
-    except ValueError as error:
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      UserError: there is something else.
+      OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # What is not UTF-8, too.
         raise UserError(f"{path} is damaged ({error}); copy it again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object; copy it again.")
+    return value
 
 
 def tensors_of(folder: os.PathLike[str] | str) -> dict[str, Stored]:
-    """All tensors of a folder by name.
+    """All tensors of a folder by name; the index, where it counts, says in which file each one is.
 
     Raises:
       UserError: there are no safetensors files, one is missing or damaged, or a tensor has a dtype
         that is not supported.
     """
-    found: dict[str, Stored] = {}
-    for path in _files(pathlib.Path(folder)):
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 - no dict.
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in _DTYPES:
-                        raise UserError(
-                            f"tensor {name} of {path} is of dtype {part.get_dtype()}; convert it to "
-                            f"one of {', '.join(_DTYPES)}."
-                        )
-                    shape = tuple(part.get_shape())
-                    found[name] = Stored(path, shape, _DTYPES[part.get_dtype()])
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); copy it again.") from error
-    return found
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    if (folder / _INDEX).exists():
-        names = json.loads((folder / _INDEX).read_text())["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    if not (folder / _SINGLE).exists():
+    place = pathlib.Path(folder)
+    # With both, transformers takes the single file.
+    if os.path.exists(place / _SINGLE):
+        return _tensors_in(place / _SINGLE)
+    if not os.path.exists(place / _INDEX):
         raise UserError(
             f"{folder} has neither {_SINGLE} nor {_INDEX}; save the model with safetensors."
         )
-    return [folder / _SINGLE]
+    files_of = _weight_map(place / _INDEX)
+    in_files = {file: _tensors_in(place / file) for file in sorted(set(files_of.values()))}
+    found = {}
+    for name, file in files_of.items():
+        if name not in in_files[file]:
+            raise UserError(
+                f"{place / _INDEX} has tensor {name} in {file}, which does not hold it; copy the folder "
+                "again."
+            )
+        found[name] = in_files[file][name]
+    return found
 
 
-def read(name: str, stored: Stored, region: Region) -> np.ndarray:
+def _weight_map(path: pathlib.Path) -> dict[str, str]:
+    """The file's name of each tensor.
+
+    Raises:
+      UserError: the index is damaged, or names files that are not beside it.
+    """
+    try:
+        names = read_json(path).get("weight_map")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); copy it again.") from error
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{path} has no weight_map with the file of each tensor; copy it again.")
+    for tensor, name in names.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise UserError(
+                f"{path} has tensor {tensor} in {name!r}, which is no file of its folder; copy it again."
+            )
+    return names
+
+
+def _tensors_in(path: pathlib.Path) -> dict[str, Stored]:
+    """The tensors of one file."""
+    found: dict[str, Stored] = {}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - no dict.
+                part = file.get_slice(name)
+                if part.get_dtype() not in _DTYPES:
+                    raise UserError(
+                        f"tensor {name} of {path} is of dtype {part.get_dtype()}; convert it to one of "
+                        f"{', '.join(_DTYPES)}."
+                    )
+                shape = tuple(part.get_shape())
+                found[name] = Stored(path, name, shape, _DTYPES[part.get_dtype()])
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy it again.") from error
+    return found
+
+
+def read(stored: Stored, region: Region) -> np.ndarray:
     """A region of a tensor.
 
     The file is opened for it alone, because what was read of a file counts as this process's memory
     until it is closed.
     """
+    if stored.start:
+        first = slice(region[0].start + stored.start, region[0].stop + stored.start)
+        region = (first, *region[1:])
     with safetensors.safe_open(stored.file, framework="numpy") as file:
-        return file.get_slice(name)[region]
+        part = file.get_slice(stored.name)
+        if stored.index is None:
+            return part[region]
+        return part[(slice(stored.index, stored.index + 1), *region)][0]
 
 
 @dataclasses.dataclass(frozen=True)

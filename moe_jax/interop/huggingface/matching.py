@@ -2,7 +2,6 @@
 
 import collections
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from moe_jax.errors import UserError
 from moe_jax.interop.huggingface.family import Family
 from moe_jax.interop.huggingface.files import Stored
 from moe_jax.interop.huggingface.table import Tensor
+from moe_jax.interop.huggingface.ties import Tables
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -52,6 +52,7 @@ def check_stored(
     tensors: Mapping[str, Sequence[Tensor]],
     shapes: Shapes,
     stored: Mapping[str, Stored],
+    tables: Tables,
     folder: Any,
 ) -> None:
     """Compares a model's tensors with those of a folder.
@@ -61,27 +62,30 @@ def check_stored(
       tensors: of each parameter.
       shapes: of the parameters.
       stored: the folder's.
+      tables: the folder's.
       folder: for errors.
 
     Raises:
       UserError: a tensor is missing, of another shape, or unknown.
     """
-    known = set()
+    read = set()
     for tensor in (tensor for group in tensors.values() for tensor in group):
-        known.add(tensor.name)
-        if tensor.name not in stored:
+        name = tables.sources.get(tensor.name, tensor.name)
+        read.add(name)
+        if name not in stored:
             raise UserError(
-                f"{folder} has no tensor {tensor.name}, which its config.json asks for; copy the "
-                "folder again."
+                f"{folder} has no tensor {name}, which a {family.model_type} with its config.json needs; "
+                "copy the folder again, or correct config.json."
             )
         wanted = tensor.layout.their_shape(tensor.shape(shapes[tensor.leaf]))
-        if stored[tensor.name].shape != wanted:
+        if stored[name].shape != wanted:
             raise UserError(
-                f"tensor {tensor.name} of {folder} is {stored[tensor.name].shape}, but its "
-                f"config.json makes it {wanted}; they do not belong together."
+                f"tensor {name} of {folder} is {stored[name].shape}, but its config.json makes it "
+                f"{wanted}; they do not belong together."
             )
-    ignored = re.compile(family.ignored)
-    unknown = [name for name in stored.keys() - known if not ignored.fullmatch(name)]
+    known = read | tables.known | family.unread(tables.config, stored)
+    # What has no entries says nothing: layers of width 0, as transformers has them.
+    unknown = [name for name in stored.keys() - known if math.prod(stored[name].shape)]
     if unknown:
         raise UserError(
             f"{folder} has a tensor {min(unknown)}, which a {family.model_type} with its config.json "

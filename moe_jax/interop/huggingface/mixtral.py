@@ -2,21 +2,16 @@
 
 from typing import Any
 
-from moe_jax.interop.huggingface import llama_like
-from moe_jax.interop.huggingface.family import (
-    Family,
-    Fields,
-    component,
-    dropless_moe,
-    refuse_other,
-    required,
-)
+from moe_jax.interop.huggingface import llama_like, ties
+from moe_jax.interop.huggingface.family import Family, component, dropless_moe
+from moe_jax.interop.huggingface.fields import MOST_EXPERTS, Fields
+from moe_jax.interop.huggingface.rotary import rotary_fields
 from moe_jax.interop.huggingface.table import Tensor, TensorRow
 from moe_jax.layers.attention import MultiHead
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.routing.losses import Losses
 from moe_jax.routing.token_choice import TopK
 
+_EXPERTS = ("w1.weight", "w3.weight", "w2.weight")
 _SPARSE = (
     TensorRow("mlp/router/weights", "block_sparse_moe.gate.weight", "E d -> d E"),
     TensorRow("mlp/w_gate[{expert}]", "block_sparse_moe.experts.{expert}.w1.weight", "f d -> d f"),
@@ -27,22 +22,23 @@ _SPARSE = (
 _DEFAULT_BASE = 1e6
 
 
-def config_from_hf(hf: Fields) -> DecoderLMConfig:
+def read(fields: Fields) -> DecoderLMConfig:
     """See `Family`."""
-    refuse_other(hf, sliding_window=None)
-    router = TopK(k=required(hf, "num_experts_per_tok"), renormalize=True, losses=Losses())
-    with_base = hf if "rope_parameters" in hf else {"rope_theta": _DEFAULT_BASE, **hf}
+    llama_like.check_no_window(fields)
+    # Of the inputs of a MoE, experts included, in training.
+    fields.only("router_jitter_noise", 0.0, None)
+    experts = fields.integer("num_local_experts", 8, at_most=MOST_EXPERTS)
+    k = llama_like.experts_per_token(fields, 2, experts)
     return DecoderLMConfig(
-        **llama_like.model_fields(hf),
-        head_width=llama_like.head_width(hf),
-        mlp_width=required(hf, "intermediate_size"),
-        attention=MultiHead(
-            kv_heads=required(hf, "num_key_value_heads"),
-            rotary_base=llama_like.rotary_base(with_base),
-        ),
-        num_experts=required(hf, "num_local_experts"),
+        **llama_like.model_fields(fields, norm_epsilon=1e-5),
+        head_width=llama_like.head_width(fields),
+        mlp_width=fields.integer("intermediate_size"),
+        attention=MultiHead(**llama_like.heads(fields, 8, _DEFAULT_BASE)),
+        num_experts=experts,
         moe_every=1,
-        moe=dropless_moe(router, llama_like.feed_forward(hf)),
+        moe=dropless_moe(
+            llama_like.top_k(k, fields, renormalize=True), llama_like.feed_forward(fields)
+        ),
     )
 
 
@@ -52,7 +48,7 @@ def config_to_hf(config: DecoderLMConfig) -> dict[str, Any]:
     router = component(config.moe.router, TopK, "model.moe.router", "mixtral")
     return {
         **llama_like.hf_fields(config, "mixtral", "MixtralForCausalLM"),
-        **llama_like.plain_rotary(attention.rotary_base),
+        **rotary_fields(attention.rotary_base, attention.rotary_scaling, False),
         "head_dim": config.head_width,
         "intermediate_size": config.expert_width or config.mlp_width,
         "num_key_value_heads": attention.kv_heads or config.num_heads,
@@ -67,4 +63,15 @@ def tensors(config: DecoderLMConfig) -> list[Tensor]:
     return llama_like.tensors(config, sparse=_SPARSE)
 
 
-FAMILY = Family("mixtral", config_from_hf, config_to_hf, tensors, llama_like.IGNORED)
+FAMILY = Family(
+    "mixtral",
+    read,
+    config_to_hf,
+    tensors,
+    aliases={"num_experts": "num_local_experts"},
+    irrelevant=llama_like.IRRELEVANT,
+    tables=ties.of_decoder,
+    renamed=((r"^(model\.layers\.\d+)\.mlp\.", r"\1.block_sparse_moe."),),
+    experts=_EXPERTS,
+    unread=llama_like.unread,
+)

@@ -3,22 +3,20 @@
 from typing import Any
 
 from moe_jax.errors import UserError
-from moe_jax.interop.huggingface import llama_like
+from moe_jax.interop.huggingface import llama_like, ties
 from moe_jax.interop.huggingface.family import (
     Family,
-    Fields,
     component,
     dense_blocks,
     dropless_moe,
     moe_blocks,
-    refuse_other,
-    required,
 )
+from moe_jax.interop.huggingface.fields import MOST_EXPERTS, Fields, whole_numbers
+from moe_jax.interop.huggingface.rotary import rotary_fields
 from moe_jax.interop.huggingface.table import Tensor, TensorRow
 from moe_jax.layers.attention import MultiHead
 from moe_jax.layers.shared_experts import BranchMix
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.routing.losses import Losses
 from moe_jax.routing.token_choice import TopK
 
 _SPARSE = (
@@ -30,53 +28,58 @@ _SPARSE = (
 )
 
 
-def config_from_hf(hf: Fields) -> DecoderLMConfig:
+# Which layers have windows, where there are any.
+IRRELEVANT = llama_like.IRRELEVANT | {"max_window_layers"}
+
+
+def read(fields: Fields) -> DecoderLMConfig:
     """See `Family`.
 
     Raises:
       UserError: the shared expert is not as wide as a whole number of experts, or config.json asks
         for what is not supported.
     """
-    refuse_other(hf, use_sliding_window=False)
-    router = TopK(
-        k=required(hf, "num_experts_per_tok"),
-        renormalize=hf.get("norm_topk_prob", False),
-        losses=Losses(),
+    llama_like.check_no_window(fields, used=fields.flag("use_sliding_window", False))
+    experts, blocks = sparse_blocks(fields, 60)
+    width = fields.integer("moe_intermediate_size", 1408)
+    shared, rest = divmod(
+        fields.integer("shared_expert_intermediate_size", 5632, at_least=0), width
     )
-    width = required(hf, "moe_intermediate_size")
-    shared, rest = divmod(required(hf, "shared_expert_intermediate_size"), width)
-    if rest:
+    if rest and blocks:
         raise UserError(
             f"config.json has shared_expert_intermediate_size="
-            f"{hf['shared_expert_intermediate_size']}, which must be a multiple of "
+            f"{fields['shared_expert_intermediate_size']}, which must be a multiple of "
             f"moe_intermediate_size={width} to be supported."
         )
-    form = llama_like.feed_forward(hf)
+    k = llama_like.experts_per_token(fields, 4, experts) if blocks else 1
     return DecoderLMConfig(
-        **llama_like.model_fields(hf),
-        **moe_blocks(sparse_blocks(hf), hf["num_hidden_layers"]),
-        head_width=llama_like.head_width(hf),
-        mlp_width=required(hf, "intermediate_size"),
+        **llama_like.model_fields(fields),
+        **moe_blocks(blocks, llama_like.num_layers(fields)),
+        head_width=llama_like.head_width(fields),
+        mlp_width=fields.integer("intermediate_size"),
         expert_width=width,
-        attention=MultiHead(
-            kv_heads=required(hf, "num_key_value_heads"),
-            rotary_base=llama_like.rotary_base(hf),
-            qkv_bias=hf.get("qkv_bias", True),
+        attention=MultiHead(**llama_like.heads(fields, 16), qkv_bias=fields.flag("qkv_bias", True)),
+        num_experts=experts,
+        moe=dropless_moe(
+            llama_like.top_k(k, fields), llama_like.feed_forward(fields), shared, BranchMix.SIGMOID
         ),
-        num_experts=required(hf, "num_experts"),
-        moe=dropless_moe(router, form, shared, BranchMix.SIGMOID),
     )
 
 
-def sparse_blocks(hf: Fields) -> list[int]:
-    """Indices of the blocks with a MoE."""
-    step = hf.get("decoder_sparse_step", 1)
-    dense = hf.get("mlp_only_layers") or []
-    return [
-        layer
-        for layer in range(hf["num_hidden_layers"])
-        if layer not in dense and (layer + 1) % step == 0
-    ]
+def sparse_blocks(fields: Fields, default_experts: int) -> tuple[int, list[int]]:
+    """The number of experts, and the indices of the blocks that have them.
+
+    A model without any has one expert in no block.
+    """
+    name = "num_experts"
+    experts = fields.integer(name, default_experts, at_least=0, at_most=MOST_EXPERTS)
+    step = fields.integer("decoder_sparse_step", 1)
+    dense = set(whole_numbers(fields, "mlp_only_layers"))
+    fields.raw("num_experts_per_tok")  # Where there are no blocks with experts nothing needs it.
+    if not experts:
+        return 1, []
+    layers = range(llama_like.num_layers(fields))
+    return experts, [i for i in layers if i not in dense and (i + 1) % step == 0]
 
 
 def config_to_hf(config: DecoderLMConfig) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def config_to_hf(config: DecoderLMConfig) -> dict[str, Any]:
     expert_width = config.expert_width or config.mlp_width
     return {
         **llama_like.hf_fields(config, "qwen2_moe", "Qwen2MoeForCausalLM"),
-        **llama_like.plain_rotary(attention.rotary_base),
+        **rotary_fields(attention.rotary_base, attention.rotary_scaling, False),
         "qkv_bias": attention.qkv_bias,
         "intermediate_size": config.mlp_width,
         "moe_intermediate_size": expert_width,
@@ -106,4 +109,13 @@ def tensors(config: DecoderLMConfig) -> list[Tensor]:
     return llama_like.tensors(config, sparse=_SPARSE)
 
 
-FAMILY = Family("qwen2_moe", config_from_hf, config_to_hf, tensors, llama_like.IGNORED)
+FAMILY = Family(
+    "qwen2_moe",
+    read,
+    config_to_hf,
+    tensors,
+    irrelevant=IRRELEVANT,
+    tables=ties.of_decoder,
+    experts=llama_like.EXPERTS,
+    unread=llama_like.unread,
+)

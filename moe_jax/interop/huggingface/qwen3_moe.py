@@ -2,51 +2,44 @@
 
 from typing import Any
 
-from moe_jax.interop.huggingface import llama_like
+from moe_jax.interop.huggingface import llama_like, ties
 from moe_jax.interop.huggingface.family import (
     Family,
-    Fields,
     component,
     dense_blocks,
     dropless_moe,
     moe_blocks,
-    refuse_other,
-    required,
 )
-from moe_jax.interop.huggingface.qwen2_moe import sparse_blocks
+from moe_jax.interop.huggingface.fields import Fields
+from moe_jax.interop.huggingface.qwen2_moe import IRRELEVANT, sparse_blocks
+from moe_jax.interop.huggingface.rotary import rotary_fields
 from moe_jax.layers.attention import MultiHead, QKNorm
 from moe_jax.models.decoder_lm import DecoderLMConfig
-from moe_jax.routing.losses import Losses
 from moe_jax.routing.token_choice import TopK
 
 
-def config_from_hf(hf: Fields) -> DecoderLMConfig:
+def read(fields: Fields) -> DecoderLMConfig:
     """See `Family`."""
-    refuse_other(hf, use_sliding_window=False)
-    router = TopK(
-        k=required(hf, "num_experts_per_tok"),
-        renormalize=hf.get("norm_topk_prob", False),
-        losses=Losses(),
-    )
-    bias = hf.get("attention_bias", False)
-    # Released models say num_experts; transformers 5 writes num_local_experts.
-    experts = "num_local_experts" if "num_local_experts" in hf else "num_experts"
+    llama_like.check_no_window(fields, used=fields.flag("use_sliding_window", False))
+    model = llama_like.model_fields(fields)
+    experts, blocks = sparse_blocks(fields, 128)
+    k = llama_like.experts_per_token(fields, 8, experts) if blocks else 1
+    bias = fields.flag("attention_bias", False)
     return DecoderLMConfig(
-        **llama_like.model_fields(hf),
-        **moe_blocks(sparse_blocks(hf), hf["num_hidden_layers"]),
-        head_width=llama_like.head_width(hf),
-        mlp_width=required(hf, "intermediate_size"),
-        expert_width=required(hf, "moe_intermediate_size"),
+        **model,
+        **moe_blocks(blocks, model["num_layers"]),
+        head_width=llama_like.head_width(fields),
+        mlp_width=fields.integer("intermediate_size"),
+        expert_width=fields.integer("moe_intermediate_size", 768),
         attention=MultiHead(
-            kv_heads=required(hf, "num_key_value_heads"),
-            rotary_base=llama_like.rotary_base(hf),
+            **llama_like.heads(fields, 4),
             qk_norm=QKNorm.HEAD,
-            norm_epsilon=hf["rms_norm_eps"],
+            norm_epsilon=model["norm_epsilon"],
             qkv_bias=bias,
             out_bias=bias,
         ),
-        num_experts=required(hf, experts),
-        moe=dropless_moe(router, llama_like.feed_forward(hf)),
+        num_experts=experts,
+        moe=dropless_moe(llama_like.top_k(k, fields), llama_like.feed_forward(fields)),
     )
 
 
@@ -56,7 +49,7 @@ def config_to_hf(config: DecoderLMConfig) -> dict[str, Any]:
     router = component(config.moe.router, TopK, "model.moe.router", "qwen3_moe")
     return {
         **llama_like.hf_fields(config, "qwen3_moe", "Qwen3MoeForCausalLM"),
-        **llama_like.plain_rotary(attention.rotary_base),
+        **rotary_fields(attention.rotary_base, attention.rotary_scaling, False),
         "attention_bias": attention.qkv_bias,
         "head_dim": config.head_width,
         "intermediate_size": config.mlp_width,
@@ -71,4 +64,15 @@ def config_to_hf(config: DecoderLMConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("qwen3_moe", config_from_hf, config_to_hf, llama_like.tensors, llama_like.IGNORED)
+FAMILY = Family(
+    "qwen3_moe",
+    read,
+    config_to_hf,
+    llama_like.tensors,
+    # Released models say num_experts; transformers 5 writes num_local_experts.
+    aliases={"num_local_experts": "num_experts"},
+    irrelevant=IRRELEVANT,
+    tables=ties.of_decoder,
+    experts=llama_like.EXPERTS,
+    unread=llama_like.unread,
+)

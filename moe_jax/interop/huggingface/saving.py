@@ -1,5 +1,7 @@
 """Saves a model as Hugging Face's, one tensor at a time."""
 
+import collections
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping
@@ -9,7 +11,7 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.interop.huggingface import files, matching
+from moe_jax.interop.huggingface import files, matching, ties
 from moe_jax.interop.huggingface.expressible import check_expressible
 from moe_jax.interop.huggingface.families import family_named
 from moe_jax.interop.huggingface.files import Written
@@ -32,7 +34,8 @@ def save(
       model: with its config; on devices of this process.
       family: as `model_type` in config.json names it, such as mixtral.
       folder: must not exist.
-      further: fields of config.json that our configs do not have, such as eos_token_id.
+      further: fields of config.json that our configs do not have, such as eos_token_id; those that
+        make it another model are refused.
       max_shard_bytes: see `files.write_folder`.
 
     Raises:
@@ -43,9 +46,19 @@ def save(
             f"there are {jax.process_count()} processes, but saving for Hugging Face needs all of the "
             "model in one; load the run's checkpoint in a single process."
         )
+    if getattr(model.config, "target_vocab_size", 0):
+        raise UserError(
+            f"model.target_vocab_size is {model.config.target_vocab_size}, which gives the targets a "
+            f"table of their own; transformers 4 has one for both stacks of a {family}, so that it "
+            "cannot be written."
+        )
     chosen = family_named(family)
-    hf = chosen.config_to_hf(model.config)
-    check_expressible(family, model.config, chosen.config_from_hf(hf))
+    hf = {**chosen.config_to_hf(model.config), **(further or {})}
+    copies = chosen.copies(model.config)
+    again = chosen.config_from_hf(hf)
+    if ties.HEAD in copies:  # Of two equal tables config.json does not say that they are one.
+        again = dataclasses.replace(again, tied=True)
+    check_expressible(family, model.config, again)
     arrays = {
         path: array
         for tree in arrays_of(model)
@@ -53,18 +66,22 @@ def save(
     }
     shapes = {path: array.shape for path, array in arrays.items()}
     tensors = matching.tensors_of_leaves(chosen, model.config, shapes)
+    names = collections.defaultdict(list)
+    for name, copied in copies.items():
+        names[copied].append(name)
     written = [
         Written(
-            tensor.name,
+            name,
             tensor.layout.their_shape(tensor.shape(array.shape)),
             np.dtype(array.dtype),
             functools.partial(_tensor_of, tensor, array),
         )
         for path, array in arrays.items()
         for tensor in tensors[path]
+        for name in (tensor.name, *names[tensor.name])
     ]
     written.sort(key=lambda tensor: tensor.name)
-    files.write_folder(folder, {**hf, **(further or {})}, written, max_shard_bytes)
+    files.write_folder(folder, hf, written, max_shard_bytes)
 
 
 def _tensor_of(tensor: Tensor, array: jax.Array) -> np.ndarray:

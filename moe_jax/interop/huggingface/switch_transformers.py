@@ -1,24 +1,23 @@
 """Switch Transformer (Fedus et al. 2021): `SwitchTransformersForConditionalGeneration`.
 
-Their models drop the tokens of a row beyond `expert_capacity` for an expert; ours drop none.
+Their models drop the tokens of a row beyond `expert_capacity` for an expert; ours drop none, and so are
+the same for rows of at most so many tokens.
 """
 
 from typing import Any
 
 from moe_jax.errors import UserError
-from moe_jax.interop.huggingface import t5
+from moe_jax.interop.huggingface import t5, ties
 from moe_jax.interop.huggingface.family import (
     Family,
-    Fields,
     activation,
     activation_name,
     component,
     dropless_moe,
     moe_blocks,
-    refuse_other,
-    required,
 )
-from moe_jax.interop.huggingface.table import Tensor, TensorRow, of_model
+from moe_jax.interop.huggingface.fields import MOST_EXPERTS, Fields
+from moe_jax.interop.huggingface.table import Tensor, TensorRow
 from moe_jax.layers.feed_forward import FeedForwardForm
 from moe_jax.models.encoder_decoder import EncoderDecoderConfig
 from moe_jax.models.stack import StackConfig
@@ -41,38 +40,55 @@ _SPARSE = (
 _NO_DROPS = 2**31 - 1
 
 
-def _sparse_blocks(num_layers: int, num_sparse: int) -> list[int]:
-    """Indices of the blocks with a MoE, as their constructor places them.
+# Weights of losses, what is returned, and fields of the authors' first code that no version reads.
+_IRRELEVANT = t5.IRRELEVANT | {
+    "add_router_probs", "router_ignore_padding_tokens", "router_type", "router_z_loss_coef"
+}  # fmt: skip
 
-    It means to place none where `num_sparse` is 0, but block 1 of several gets one.
+
+def _step(num_layers: int, num_sparse: int) -> int:
+    """Of every how many blocks one has a MoE, as their constructor computes it."""
+    return num_layers // num_sparse if num_sparse else num_layers
+
+
+def _sparse_blocks(num_layers: int, step: int) -> list[int]:
+    """Indices of the blocks with a MoE.
+
+    For no MoE at all the step is meant to be `num_layers`, but block 1 of several gets one.
     """
-    step = num_layers // num_sparse if num_sparse else num_layers
     return [block for block in range(num_layers) if step == 1 or (step > 1 and block % step == 1)]
 
 
-def config_from_hf(hf: Fields) -> EncoderDecoderConfig:
+def read(fields: Fields) -> EncoderDecoderConfig:
     """See `Family`."""
-    refuse_other(hf, router_bias=False)
-    act = activation(hf, "dense_act_fn")
-    jitter = float(hf.get("router_jitter_noise", 0.0))
+    fields.only("router_bias", False)
+    fields.only("router_dtype", "float32")
+    fields.only("is_gated_act", False, None)
+    fields.only("feed_forward_proj", "relu", fields.raw("dense_act_fn"), None)
+    fields.integer("expert_capacity", 64)
+    act = activation(fields, "dense_act_fn", "relu")
+    jitter = fields.number("router_jitter_noise", 0.01, at_least=0)
     exploration = Exploration.JITTER if jitter else Exploration.ARGMAX
-    encoder_layers = required(hf, "num_layers")
-    decoder_layers = hf.get("num_decoder_layers") or encoder_layers
     stacks = {}
-    for name, layers in (("encoder", encoder_layers), ("decoder", decoder_layers)):
-        blocks = _sparse_blocks(layers, required(hf, f"num_sparse_{name}_layers"))
+    layers_of = dict(
+        zip(("encoder", "decoder"), t5.layers_of_stacks(fields, default_decoder=12), strict=True)
+    )
+    for name, layers in layers_of.items():
+        sparse = fields.integer(f"num_sparse_{name}_layers", 3, at_least=0)
+        # Computed from the other unless config.json has it, as what transformers writes does.
+        step = fields.integer(f"{name}_sparse_step", _step(layers, sparse), at_least=0)
         router = TopK(k=1, losses=Losses(), exploration=exploration, exploration_rate=jitter)
         stacks[name] = StackConfig(
-            **t5.stack_fields(hf),
-            **moe_blocks(blocks, layers),
+            **t5.stack_fields(fields),
+            **moe_blocks(_sparse_blocks(layers, step), layers),
             num_layers=layers,
-            num_experts=required(hf, "num_experts"),
+            num_experts=fields.integer("num_experts", 8, at_most=MOST_EXPERTS),
             feed_forward=FeedForwardForm(act),
             moe=dropless_moe(router, FeedForwardForm(act)),
         )
-    tied = hf.get("tie_word_embeddings", True)
+    tied = fields.flag("tie_word_embeddings", True)
     return EncoderDecoderConfig(
-        **t5.embedding_fields(hf, tied), encoder=stacks["encoder"], decoder=stacks["decoder"]
+        **t5.embedding_fields(fields, tied), encoder=stacks["encoder"], decoder=stacks["decoder"]
     )
 
 
@@ -89,7 +105,11 @@ def config_to_hf(config: EncoderDecoderConfig) -> dict[str, Any]:
     for name, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
         layers, blocks = stack.num_layers, stack.moe_layers
         # 0 last, because that is not what it says.
-        fitting = [n for n in (*range(1, layers + 1), 0) if _sparse_blocks(layers, n) == blocks]
+        fitting = [
+            n
+            for n in (*range(1, layers + 1), 0)
+            if _sparse_blocks(layers, _step(layers, n)) == blocks
+        ]
         if not fitting:
             raise UserError(
                 f"model.{name} has a MoE in blocks {blocks}, but switch_transformers has them in "
@@ -110,10 +130,27 @@ def config_to_hf(config: EncoderDecoderConfig) -> dict[str, Any]:
 def tensors(config: EncoderDecoderConfig) -> list[Tensor]:
     """See `Family`."""
     return [
-        *of_model(t5.MODEL),
+        *t5.model_tensors(config),
         *t5.stack_tensors(config.encoder, "encoder", _DENSE, _SPARSE),
         *t5.stack_tensors(config.decoder, "decoder", _DENSE, _SPARSE),
     ]
 
 
-FAMILY = Family("switch_transformers", config_from_hf, config_to_hf, tensors, t5.COPIES)
+def _copies(config: EncoderDecoderConfig) -> dict[str, str]:
+    """Untied, transformers 5 takes each stack's table by its own name, and 4 both by `shared`."""
+    if config.tied or config.target_vocab_size:
+        return {}
+    return {ties.ENCODER: ties.SHARED, ties.DECODER: ties.SHARED}
+
+
+FAMILY = Family(
+    "switch_transformers",
+    read,
+    config_to_hf,
+    tensors,
+    aliases=t5.ALIASES,
+    irrelevant=_IRRELEVANT,
+    tables=ties.of_encoder_decoder,
+    copies=_copies,
+    unread=t5.unread,
+)

@@ -1,65 +1,85 @@
 """The tokenizer of a Hugging Face folder."""
 
+import dataclasses
+import hashlib
+import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import tokenizers
+from etils import epath
 
-from moe_jax.data.tokenizers import Tokenizer, utf8
+from moe_jax.data.tokenizers import Tokenizer, TokenizerConfig, utf8
 from moe_jax.errors import UserError
 from moe_jax.interop.huggingface import files
-from moe_jax.interop.huggingface.family import Fields
+from moe_jax.interop.huggingface.fields import shortened
 
 _FILE = "tokenizer.json"
+_GENERATION = "generation_config.json"
 
 
 class FolderTokenizer(Tokenizer):
-    """tokenizer.json with the special tokens that config.json names.
+    """tokenizer.json with the special tokens that generation_config.json or config.json name.
 
     Attributes:
-      PAD, BOS, EOS: this folder's, as config.json says; EOS in place of one that it does not name.
+      PAD, BOS, EOS: this folder's; EOS in place of one that it does not name.
+      ends: all tokens that end a text, the first of which is EOS.
     """
 
-    def __init__(self, library: tokenizers.Tokenizer, name: str, hf: Fields) -> None:
+    def __init__(
+        self,
+        library: tokenizers.Tokenizer,
+        name: str,
+        hf: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+    ) -> None:
         """Uses the library's tokenizer.
 
         Args:
           library: of tokenizer.json.
           name: tells tokenizers apart.
           hf: config.json.
+          generation: generation_config.json, which counts where it names a token.
 
         Raises:
-          UserError: config.json names no end of a text.
+          UserError: neither names an end of a text, or one names what is no token.
         """
-        ends = hf.get("eos_token_id")
-        end = ends[0] if isinstance(ends, list) and ends else ends
-        if not isinstance(end, int):
-            raise UserError(
-                f"{files.CONFIG} has eos_token_id={ends!r}; name the token that ends a text."
-            )
+        tokens = _SpecialTokens(hf, generation or {})
         self.name = name
-        pad, begin = hf.get("pad_token_id"), hf.get("bos_token_id")
-        self.EOS = end
-        self.PAD = end if pad is None else pad
-        self.BOS = end if begin is None else begin
+        self._ends = tokens.several("eos_token_id")
+        if not self._ends:
+            raise UserError(
+                f"{files.CONFIG} has eos_token_id={shortened(hf.get('eos_token_id'))}; name the token that ends "
+                "a text."
+            )
+        self.EOS = self._ends[0]
+        pad = tokens.one("pad_token_id", padding=True)
+        # An encoder-decoder's targets begin with it.
+        begin = tokens.one("decoder_start_token_id") if hf.get("is_encoder_decoder") else None
+        begin = tokens.one("bos_token_id") if begin is None else begin
+        self.PAD = self.EOS if pad is None else pad
+        self.BOS = self.EOS if begin is None else begin
         self.vocab_size = self.text_ids = library.get_vocab_size()
         self.extra_ids = 0
         self._library = library
-        self._special = [
-            number for number, token in library.get_added_tokens_decoder().items() if token.special
-        ]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """See `Tokenizer`."""
+        return self._ends
 
     @classmethod
     def load(cls, folder: os.PathLike[str] | str) -> "FolderTokenizer":
         """Of a folder with tokenizer.json.
 
         Raises:
-          UserError: there is none, or it is damaged.
+          UserError: there is none, or a file is damaged.
         """
         path = pathlib.Path(folder) / _FILE
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(
                 f"{folder} has no {_FILE}; save the tokenizer there with the `tokenizers` library."
             )
@@ -67,7 +87,12 @@ class FolderTokenizer(Tokenizer):
             library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The library raises this very class.
             raise UserError(f"{path} is damaged ({error}); copy it again.") from error
-        return cls(library, f"hf-{pathlib.Path(folder).name}", files.read_config(folder))
+        hf, generation = files.read_config(folder), pathlib.Path(folder) / _GENERATION
+        settings = files.read_json(generation) if generation.is_file() else {}
+        # Texts are packed once for each name.
+        special = {n: [f.get(n) for f in (settings, hf)] for n in ("eos_token_id", "bos_token_id")}
+        content = path.read_bytes() + json.dumps(special).encode()
+        return cls(library, f"hf-{hashlib.sha256(content).hexdigest()[:16]}", hf, settings)
 
     def encode(self, text: str | bytes, where: str = "text") -> np.ndarray:
         """See `Tokenizer`."""
@@ -84,11 +109,82 @@ class FolderTokenizer(Tokenizer):
         return self._library.decode([int(number) for number in ids])
 
     def may_be_drawn(self, num_ids: int) -> np.ndarray:
-        """See `Tokenizer`: EOS, and all that is not special."""
-        allowed = np.arange(num_ids) < self.vocab_size
-        allowed[[number for number in self._special if number < num_ids]] = False
-        allowed[self.EOS] = True
-        return allowed
+        """See `Tokenizer`: all, as transformers draws them; special ones are no text."""
+        return np.ones(num_ids, bool)
 
     def _decode_text(self, ids: np.ndarray) -> str:
         return self.decode(ids)
+
+
+@dataclasses.dataclass
+class FolderTokens(TokenizerConfig):
+    """The tokens of a model's folder, in place of those that a run learns."""
+
+    folder: str = ""
+    """With tokenizer.json."""
+
+    @property
+    def vocab_size(self) -> int:
+        """See `TokenizerConfig`."""
+        return FolderTokenizer.load(self.folder).vocab_size
+
+    def train(
+        self, texts: Iterable[str | bytes], corpus: str, cache: os.PathLike[str]
+    ) -> Tokenizer:
+        """Learns nothing: the folder's."""
+        return FolderTokenizer.load(self.folder)
+
+    def load(self, folder: epath.PathLike) -> Tokenizer:
+        """The folder's, whatever a run's folder has."""
+        return FolderTokenizer.load(self.folder)
+
+
+class _SpecialTokens:
+    """Token numbers that a folder names."""
+
+    def __init__(self, hf: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+        self._hf, self._generation = hf, generation
+
+    def several(self, name: str) -> tuple[int, ...]:
+        """One or a list; none where nobody names one.
+
+        Raises:
+          UserError: they are no tokens of the model.
+        """
+        for file, fields in ((_GENERATION, self._generation), (files.CONFIG, self._hf)):
+            value = fields.get(name)
+            if value is None or value == []:
+                continue
+            numbers = value if isinstance(value, list) else [value]
+            for number in numbers:
+                self._check(file, name, number)
+            return tuple(dict.fromkeys(numbers))
+        return ()
+
+    def one(self, name: str, padding: bool = False) -> int | None:
+        """One, the first of several.
+
+        Args:
+          name: of the field.
+          padding: whether a number outside of the vocabulary is none, because nothing reads it.
+
+        Raises:
+          UserError: it is no token of the model.
+        """
+        value = self._generation.get(name)
+        value = self._hf.get(name) if value is None else value
+        if padding and type(value) is int and not 0 <= value < self._vocab_size:
+            return None
+        return next(iter(self.several(name)), None)
+
+    @property
+    def _vocab_size(self) -> int:
+        size = self._hf.get("vocab_size")
+        return size if type(size) is int else 2**31
+
+    def _check(self, file: str, name: str, number: Any) -> None:
+        if type(number) is not int or not 0 <= number < self._vocab_size:
+            raise UserError(
+                f"{file} has {name}={shortened(number)}, which is no token of the model; its tokens are 0 to "
+                f"{self._vocab_size - 1}."
+            )

@@ -5,16 +5,20 @@ Images are [B, channels, height, width] there and [B, height, width, channels] h
 
 from typing import Any
 
+from moe_jax.errors import UserError
 from moe_jax.interop.huggingface.family import (
     Family,
-    Fields,
     activation,
     activation_name,
     component,
-    compute_dtype,
-    copied,
     copied_back,
-    refuse_other,
+)
+from moe_jax.interop.huggingface.fields import (
+    MOST_LAYERS,
+    Fields,
+    check_no_pruning,
+    compute_dtype,
+    shortened,
 )
 from moe_jax.interop.huggingface.table import Tensor, TensorRow, of_blocks, of_model
 from moe_jax.layers.attention import MultiHead, Positions
@@ -69,22 +73,90 @@ _NAMES = {
 }
 
 
-def config_from_hf(hf: Fields) -> VisionConfig:
+# Of masked images, of a pooler that classification does not have, or names of classes.
+# Initial values of training are ours.
+_IRRELEVANT = frozenset(
+    {
+        "encoder_stride",
+        "initializer_range",
+        "label2id",
+        "pooler_act",
+        "pooler_output_size",
+        "tie_word_embeddings",
+    }
+)
+
+# Names inside of a block as transformers 5 has them in memory, and as it writes them.
+_RENAMED = (
+    (r"^vit\.layers\.(\d+)\.", r"vit.encoder.layer.\1."),
+    (r"^(vit\.encoder\.layer\.\d+\.attention\.)q_proj\.", r"\1attention.query."),
+    (r"^(vit\.encoder\.layer\.\d+\.attention\.)k_proj\.", r"\1attention.key."),
+    (r"^(vit\.encoder\.layer\.\d+\.attention\.)v_proj\.", r"\1attention.value."),
+    (r"^(vit\.encoder\.layer\.\d+\.attention\.)o_proj\.", r"\1output.dense."),
+    (r"^(vit\.encoder\.layer\.\d+\.)mlp\.fc1\.", r"\1intermediate.dense."),
+    (r"^(vit\.encoder\.layer\.\d+\.)mlp\.fc2\.", r"\1output.dense."),
+)
+
+
+def read(fields: Fields) -> VisionConfig:
     """See `Family`."""
-    refuse_other(hf, attention_probs_dropout_prob=0.0)
+    check_no_pruning(fields)
+    fields.only("attention_probs_dropout_prob", 0.0)
+    fields.only("is_encoder_decoder", False, None)
+    width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    fields.only("head_dim", width // heads, None)
     return VisionConfig(
-        **copied(hf, _NAMES),
-        head_width=hf["hidden_size"] // hf["num_attention_heads"],
+        width=width,
+        num_heads=heads,
+        head_width=width // heads,
+        num_layers=fields.integer("num_hidden_layers", at_most=MOST_LAYERS),
+        mlp_width=fields.integer("intermediate_size"),
+        norm_epsilon=fields.number("layer_norm_eps", 1e-12, at_least=0),
+        image_size=_square(fields, "image_size", 224),
+        patch_size=_square(fields, "patch_size", 16),
+        channels=fields.integer("num_channels", 3),
         attention=MultiHead(
-            positions=Positions.NONE, qkv_bias=hf.get("qkv_bias", True), out_bias=True
+            positions=Positions.NONE, qkv_bias=fields.flag("qkv_bias", True), out_bias=True
         ),
-        feed_forward=FeedForwardForm(activation(hf, "hidden_act"), bias=True),
+        feed_forward=FeedForwardForm(activation(fields, "hidden_act", "gelu"), bias=True),
         moe_every=0,
-        dropout=hf.get("hidden_dropout_prob", 0.0),
-        # transformers writes no labels where there are two, its default.
-        num_classes=len(hf.get("id2label", ("0", "1"))),
-        dtype=compute_dtype(hf),
+        dropout=fields.number("hidden_dropout_prob", 0.0, at_least=0),
+        num_classes=_num_classes(fields),
+        dtype=compute_dtype(fields),
     )
+
+
+def _square(fields: Fields, name: str, default: int) -> int:
+    """A side; config.json may have both of a square.
+
+    Raises:
+      UserError: it is no square.
+    """
+    value = fields.raw(name, default)
+    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+        return Fields({"model_type": fields.model_type, name: value[0]}).integer(name)
+    return fields.integer(name, default)
+
+
+def _num_classes(fields: Fields) -> int:
+    """As many as there are labels; two, which transformers does not write, where it has none.
+
+    Raises:
+      UserError: there are none, or `num_labels` says another number.
+    """
+    labels, number = fields.raw("id2label"), fields.raw("num_labels")
+    if labels is None:
+        return 2 if number is None else fields.integer("num_labels")
+    if not isinstance(labels, dict) or not labels:
+        raise UserError(
+            f"config.json has id2label={shortened(labels)}, but a vit needs the names of its classes; "
+            "correct it."
+        )
+    if number is not None and number != len(labels):
+        raise UserError(
+            f"config.json has num_labels={shortened(number)}, but id2label has {len(labels)}; correct one."
+        )
+    return len(labels)
 
 
 def config_to_hf(config: VisionConfig) -> dict[str, Any]:
@@ -112,4 +184,4 @@ def tensors(config: VisionConfig) -> list[Tensor]:
     ]
 
 
-FAMILY = Family("vit", config_from_hf, config_to_hf, tensors)
+FAMILY = Family("vit", read, config_to_hf, tensors, irrelevant=_IRRELEVANT, renamed=_RENAMED)
