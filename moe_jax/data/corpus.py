@@ -15,25 +15,29 @@ from moe_jax.errors import UserError
 
 @dataclasses.dataclass
 class CorpusData(DataConfig):
-    """Which corpus a run reads, in which tokens and proportions; the base of configs of text."""
+    """Which corpus a run reads, in which tokens and proportions; the base of configs of text.
+
+    Attributes:
+      dataset: a name or a directory: see `moe_jax.data.sources.open_dataset`.
+      data_dir: where datasets are found by name; empty for $TFDS_DATA_DIR or
+        ~/tensorflow_datasets.
+      tokenizer: `Bytes()`, or `Subword()`, which is learned from the training split.
+      train_split: the split, or a TFDS slice of one such as `train[:99%]`, that is trained on.
+      domain_weights: shares of the training rows, of any sum; a domain left out is not trained on.
+        Empty: every row once per epoch, so that domains appear in proportion to their size.
+    """
 
     dataset: str = "python_library"
-    """A name or a directory: see `moe_jax.data.sources.open_dataset`."""
     data_dir: str = ""
-    """Where datasets are found by name; empty for $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=Bytes)
-    """`Bytes()`, or `Subword()`, which is learned from the training split."""
     train_split: str = "train"
-    """The split, or a TFDS slice of one such as `train[:99%]`, that is trained on."""
     domain_weights: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Shares of the training rows, of any sum; a domain left out is not trained on. Empty: every
-    row once per epoch, so that domains appear in proportion to their size."""
 
     def validate(self) -> None:
         """Checks what can be checked without the dataset.
 
         Raises:
-            UserError: A field has a value that no dataset makes right.
+          UserError: a field has a value that no dataset makes right.
         """
         super().validate()
         self.tokenizer.validate()
@@ -52,7 +56,7 @@ class CorpusData(DataConfig):
         """The tokenizer, learned from these features of the training split unless that was done.
 
         Raises:
-            UserError: A feature does not exist or is damaged, or the tokenizer cannot be written.
+          UserError: a feature does not exist or is damaged, or the tokenizer cannot be written.
         """
         corpus = {**packing.identity(dataset), "text_features": list(text_features)}
         digest = hashlib.sha256(json.dumps(corpus, sort_keys=True).encode()).hexdigest()

@@ -25,30 +25,34 @@ with epy.lazy_imports():
 
 @dataclasses.dataclass
 class ImageData(DataConfig):
-    """Which images a run reads, and at which size."""
+    """Which images a run reads, and at which size.
+
+    Attributes:
+      dataset: a name or a directory: see `moe_jax.data.sources.open_dataset`.
+      data_dir: where datasets are found by name; empty for $TFDS_DATA_DIR or
+        ~/tensorflow_datasets.
+      domains_are_classes: evaluation and routing tell the classes apart, in place of one domain
+        named after the dataset. Then held-out batches have equally many images of each.
+      train_split: the split, or a TFDS slice of one such as `train[:99%]`, that is trained on.
+      image_size: side of the square images that the model sees. Others are resized (bilinear) so
+        that their shorter side fits, and cropped in the middle.
+      channels: of the dataset's images: 1 for grey values, 3 for colors.
+      num_classes: of the dataset's labels.
+      shift: training images are moved by up to so many pixels along both sides; 0 fills the gap.
+      flip: half of the training images are mirrored, left to right.
+    """
 
     dataset: str = "mnist5k"
-    """A name or a directory: see `moe_jax.data.sources.open_dataset`."""
     data_dir: str = ""
-    """Where datasets are found by name; empty for $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     image_feature: str = "image"
     label_feature: str = "label"
     domains_are_classes: bool = False
-    """Evaluation and routing tell the classes apart, in place of one domain named after the
-    dataset. Then held-out batches have equally many images of each."""
     train_split: str = "train"
-    """The split, or a TFDS slice of one such as `train[:99%]`, that is trained on."""
     image_size: int = 28
-    """Side of the square images that the model sees. Others are resized (bilinear) so that their
-    shorter side fits, and cropped in the middle."""
     channels: int = 1
-    """Of the dataset's images: 1 for grey values, 3 for colors."""
     num_classes: int = 10
-    """Of the dataset's labels."""
     shift: int = 0
-    """Training images are moved by up to so many pixels along both sides; 0 fills the gap."""
     flip: bool = False
-    """Half of the training images are mirrored, left to right."""
 
     @property
     def tokens_per_row(self) -> int:
@@ -69,7 +73,7 @@ class ImageData(DataConfig):
         """Checks what can be checked without the dataset.
 
         Raises:
-            UserError: A field has a value that no dataset makes right.
+          UserError: a field has a value that no dataset makes right.
         """
         super().validate()
         for field in ("image_size", "channels", "num_classes"):
@@ -121,12 +125,12 @@ class ImagePipeline(RowPipeline):
         """Opens the training split.
 
         Args:
-            config: What to read.
-            seed: Determines the training order and augmentation; any integer from 0.
+          config: what to read.
+          seed: determines the training order and augmentation; any integer from 0.
 
         Raises:
-            UserError: The dataset does not exist or is damaged, or is of other images or labels than
-                `config` says.
+          UserError: the dataset does not exist or is damaged, or is of other images or labels than
+            `config` says.
         """
         config.validate()
         self._config, self._seed = config, seed
@@ -184,7 +188,7 @@ def fitted(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 [H, W, channels] as [size, size, channels]: resized to the shorter side, then cropped.
 
     Raises:
-        UserError: The image has neither 1 nor 3 channels, and another size.
+      UserError: the image has neither 1 nor 3 channels, and another size.
     """
     height, width, channels = image.shape
     if height == width == size:
@@ -236,7 +240,7 @@ def _labels(dataset: OpenedDataset, config: ImageData) -> np.ndarray:
     """[N] int64 labels, read without decoding the images, once for the same files.
 
     Raises:
-        UserError: Some are outside of [0, num_classes), or all are the same.
+      UserError: some are outside of [0, num_classes), or all are the same.
     """
     name = file_name("labels", dataset.split, config.label_feature)
     path = dataset.directory / "checked" / name

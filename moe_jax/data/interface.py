@@ -21,9 +21,9 @@ class Pipeline(abc.ABC):
     """Opened data. The global batch is a pure function of (seed, step), so there is no state.
 
     Attributes:
-        domains: [D] names; the `domain` of a row is an index into them.
-        sha256: Of the training data, as hexadecimal digits: a run does not go on with other data.
-        tokenizer: Of text; None for data of another kind.
+      domains: [D] names; the `domain` of a row is an index into them.
+      sha256: of the training data, as hexadecimal digits: a run does not go on with other data.
+      tokenizer: of text; None for data of another kind.
     """
 
     domains: tuple[str, ...]
@@ -35,7 +35,7 @@ class Pipeline(abc.ABC):
         """Rows `start` to `stop` (excluded) of the global batch of `step`; thread-safe.
 
         Returns:
-            Arrays with a leading axis of stop - start, among them `domain`, int32 [stop - start].
+          Arrays with a leading axis of stop - start, among them `domain`, int32 [stop - start].
         """
 
     @abc.abstractmethod
@@ -43,11 +43,11 @@ class Pipeline(abc.ABC):
         """The same batches of `split` on every call, at most `num_batches`.
 
         Returns:
-            The arrays of `rows`, each with a leading axis B, and `mask`, bool [B], False for rows
-            that only fill up the last batch.
+          The arrays of `rows`, each with a leading axis B, and `mask`, bool [B], False for rows
+          that only fill up the last batch.
 
         Raises:
-            UserError: The split does not exist or has no row.
+          UserError: the split does not exist or has no row.
         """
 
     @abc.abstractmethod
@@ -55,26 +55,30 @@ class Pipeline(abc.ABC):
         """What config.json says of the data, JSON-ready.
 
         Returns:
-            `name`, `sha256`, sizes, and `trivial_loss`: what a predictor that ignores its inputs
-            reaches at best on the training rows, each counted once, in the unit of `eval/loss` (nats
-            for a cross-entropy).
+          `name`, `sha256`, sizes, and `trivial_loss`: what a predictor that ignores its inputs
+          reaches at best on the training rows, each counted once, in the unit of `eval/loss` (nats
+          for a cross-entropy).
         """
 
 
 @dataclasses.dataclass
 class DataConfig(Component, abc.ABC):
-    """Which data a run reads; a component of a config, and the base of all of them."""
+    """Which data a run reads; a component of a config, and the base of all of them.
+
+    Attributes:
+      batch_size: B: rows of a step over all processes.
+      held_out_split: the split or slice that is evaluated during training; lm1b, for one, calls it
+        `test`.
+    """
 
     batch_size: int = field(64, at_least=1)
-    """B: rows of a step over all processes."""
     held_out_split: str = "validation"
-    """The split or slice that is evaluated during training; lm1b, for one, calls it `test`."""
 
     def validate(self) -> None:
         """Checks what can be checked without the data.
 
         Raises:
-            UserError: A field has a value that no data make right.
+          UserError: a field has a value that no data make right.
         """
         self.check_ranges("data")
 
@@ -102,10 +106,10 @@ class DataConfig(Component, abc.ABC):
         """Opens the data; they must be prepared, but for python_library, which is prepared here.
 
         Args:
-            seed: Determines the training order; any integer from 0.
+          seed: determines the training order; any integer from 0.
 
         Raises:
-            UserError: The data do not exist, or are damaged or too small.
+          UserError: the data do not exist, or are damaged or too small.
         """
 
     def reopen(self, seed: int, workdir: epath.PathLike) -> Pipeline:

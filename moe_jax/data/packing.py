@@ -51,19 +51,19 @@ class TokenStreams(Mapping[str, np.ndarray]):
     EOS ends every text. Tokens are uint16, or uint32 where the vocabulary has more than 65,536.
 
     Attributes:
-        sha256: Of all domains' names and tokens, as hexadecimal digits.
-        text_ids: Of the tokenizer: all tokens are below.
-        bytes_per_token: Bytes of text (UTF-8) for each token of the streams, EOS included.
+      sha256: of all domains' names and tokens, as hexadecimal digits.
+      text_ids: of the tokenizer: all tokens are below.
+      bytes_per_token: bytes of text (UTF-8) for each token of the streams, EOS included.
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
         """Opens packed streams.
 
         Args:
-            directory: What `pack` returned.
+          directory: what `pack` returned.
 
         Raises:
-            UserError: A file is missing or has the wrong size.
+          UserError: a file is missing or has the wrong size.
         """
         try:
             index = json.loads((directory / _INDEX).read_text())
@@ -93,21 +93,21 @@ class PackedText(Mapping[str, np.ndarray]):
     """The rows of every domain, sorted by domain: domain -> [rows, L + 1], memory-mapped.
 
     Attributes:
-        streams: What the rows are cut from.
-        sha256: Of the streams.
-        num_tokens: Tokens that the rows predict, over all domains.
-        dropped_tokens: Tokens at the ends of streams that fill no row.
+      streams: what the rows are cut from.
+      sha256: of the streams.
+      num_tokens: tokens that the rows predict, over all domains.
+      dropped_tokens: tokens at the ends of streams that fill no row.
     """
 
     def __init__(self, directory: pathlib.Path, sequence_length: int) -> None:
         """Opens packed streams.
 
         Args:
-            directory: What `pack` returned.
-            sequence_length: L, tokens to predict in a row.
+          directory: what `pack` returned.
+          sequence_length: L, tokens to predict in a row.
 
         Raises:
-            UserError: A file is missing or has the wrong size.
+          UserError: a file is missing or has the wrong size.
         """
         self._directory, self._sequence_length = directory, sequence_length
         self.streams = TokenStreams(directory)
@@ -162,7 +162,7 @@ def texts(dataset: OpenedDataset, text_features: Sequence[str]) -> Iterator[str]
     """The texts of every example, in order.
 
     Raises:
-        UserError: A feature is missing, a text is not UTF-8, or a record cannot be read.
+      UserError: a feature is missing, a text is not UTF-8, or a record cannot be read.
     """
     _check_features(dataset, text_features, "")
     for number, example in enumerate(dataset):
@@ -194,16 +194,16 @@ def pack(
     tokenizer. It appears by one rename when it is complete, so that processes may pack at once.
 
     Args:
-        dataset: An opened split.
-        tokenizer: Turns each example's text into tokens.
-        text_features: The features that hold text. BOS stands between the texts of an example.
-        domain_feature: The feature that labels it, of strings or classes; empty for one domain
-            named after the dataset.
-        cache: The folder for packed text.
+      dataset: an opened split.
+      tokenizer: turns each example's text into tokens.
+      text_features: the features that hold text. BOS stands between the texts of an example.
+      domain_feature: the feature that labels it, of strings or classes; empty for one domain
+        named after the dataset.
+      cache: the folder for packed text.
 
     Raises:
-        UserError: A feature is missing, a text is not UTF-8, a record cannot be read, or `cache`
-            cannot be written.
+      UserError: a feature is missing, a text is not UTF-8, a record cannot be read, or `cache`
+        cannot be written.
     """
     _check_features(dataset, text_features, domain_feature)
     packed_as = {

@@ -53,18 +53,20 @@ class PairData(CorpusData):
     The dataset has a text feature for every language, as TFDS' `Translation` has, and an empty text
     where there is no translation. A domain is a pair of languages. A translation that is longer
     than a row is left out, and counted in the run's record.
+
+    Attributes:
+      pairs: source and target: `en-de` is from English into German.
+      instruction: whether inputs begin with T5's `translate English to German: `, which tells a
+        model of several pairs what is wanted (arXiv:1910.10683, appendix D.15).
+      input_length: M: tokens of an input, instruction and EOS included.
+      target_length: N: tokens of a target, EOS included.
     """
 
     dataset: str = "translations"
     pairs: tuple[str, ...] = ("en-de",)
-    """Source and target: `en-de` is from English into German."""
     instruction: bool = True
-    """Whether inputs begin with T5's `translate English to German: `, which tells a model of
-    several pairs what is wanted (arXiv:1910.10683, appendix D.15)."""
     input_length: int = 128
-    """M: tokens of an input, instruction and EOS included."""
     target_length: int = 128
-    """N: tokens of a target, EOS included."""
 
     def validate(self) -> None:
         """See `CorpusData`."""
@@ -129,9 +131,9 @@ class TranslationTokens:
     """Sentences in several languages: an example is P texts, some of them empty.
 
     Attributes:
-        tokens: All texts, memory-mapped.
-        starts: int64 [examples, P], where each text begins.
-        ends: int64 [examples, P], where the token follows that ends it.
+      tokens: all texts, memory-mapped.
+      starts: int64 [examples, P], where each text begins.
+      ends: int64 [examples, P], where the token follows that ends it.
     """
 
     def __init__(self, tokens: np.ndarray, num_languages: int) -> None:
@@ -149,7 +151,7 @@ class PairRows(Sequence[Row]):
     EOS, which PAD follows.
 
     Attributes:
-        dropped: How many translations are too long.
+      dropped: how many translations are too long.
     """
 
     def __init__(
@@ -162,10 +164,10 @@ class PairRows(Sequence[Row]):
         """Finds the translations of a pair.
 
         Args:
-            translations: All languages.
-            pair: Numbers of the source and the target language.
-            instruction: Tokens that inputs begin with.
-            lengths: M and N.
+          translations: all languages.
+          pair: numbers of the source and the target language.
+          instruction: tokens that inputs begin with.
+          lengths: M and N.
         """
         self._tokens, self._instruction, self._lengths = translations.tokens, instruction, lengths
         columns = list(pair)
@@ -221,13 +223,13 @@ class PairPipeline(RowPipeline):
         """Opens, and if necessary tokenises, the training split.
 
         Args:
-            config: What to read.
-            seed: Determines the training order; any integer from 0.
-            tokenizer: Of a run that has begun; None to learn it or find it learned.
+          config: what to read.
+          seed: determines the training order; any integer from 0.
+          tokenizer: of a run that has begun; None to learn it or find it learned.
 
         Raises:
-            UserError: The dataset or one of its languages does not exist or is damaged, or no
-                translation fits into a row.
+          UserError: the dataset or one of its languages does not exist or is damaged, or no
+            translation fits into a row.
         """
         config.validate()
         self._config = config

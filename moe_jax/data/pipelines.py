@@ -22,13 +22,17 @@ from moe_jax.errors import UserError
 
 @dataclasses.dataclass
 class TextData(CorpusData):
-    """Which text a run reads, in which tokens, proportions and row sizes."""
+    """Which text a run reads, in which tokens, proportions and row sizes.
+
+    Attributes:
+      domain_feature: the feature that labels the text; empty for one domain named after the
+        dataset.
+      sequence_length: L: tokens predicted in a row.
+    """
 
     text_feature: str = "text"
     domain_feature: str = "domain"
-    """The feature that labels the text; empty for one domain named after the dataset."""
     sequence_length: int = field(256, at_least=1)
-    """L: tokens predicted in a row."""
 
     @property
     def tokens_per_row(self) -> int:
@@ -55,8 +59,8 @@ class TextPipeline(RowPipeline):
     Rows are `tokens`, int32 [L + 1]: inputs `[:-1]`, targets `[1:]`. Reading is thread-safe.
 
     Attributes:
-        train: The packed training split, with its `sha256` and `unigram_entropy()`.
-        tokenizer: Of the rows.
+      train: the packed training split, with its `sha256` and `unigram_entropy()`.
+      tokenizer: of the rows.
     """
 
     tokenizer: Tokenizer
@@ -65,13 +69,13 @@ class TextPipeline(RowPipeline):
         """Opens, and if necessary prepares, tokenises and packs, the training split.
 
         Args:
-            config: What to read.
-            seed: Determines the training order; any integer from 0.
-            tokenizer: Of a run that has begun; None to learn it or find it learned.
+          config: what to read.
+          seed: determines the training order; any integer from 0.
+          tokenizer: of a run that has begun; None to learn it or find it learned.
 
         Raises:
-            UserError: The dataset or one of its domains does not exist or is damaged, or no domain
-                has a whole row.
+          UserError: the dataset or one of its domains does not exist or is damaged, or no domain
+            has a whole row.
         """
         config.validate()
         self._config = config

@@ -17,9 +17,9 @@ def remembered(path: pathlib.Path, of: Mapping[str, Any], compute: Callable[[], 
     A folder that cannot be written to costs only the time of computing again.
 
     Args:
-        path: The JSON file that holds it; it is whole or not there.
-        of: JSON-ready; what the value depends on, such as sizes and times of files.
-        compute: Gives a JSON-ready value.
+      path: the JSON file that holds it; it is whole or not there.
+      of: JSON-ready; what the value depends on, such as sizes and times of files.
+      compute: gives a JSON-ready value.
     """
     of = json.loads(json.dumps(of))
     try:
@@ -59,7 +59,7 @@ def stamps(files: Sequence[pathlib.Path]) -> dict[str, list[int]]:
     """Size in bytes and time of the last change of each file: other ones mean another content.
 
     Raises:
-        OSError: A file is missing.
+      OSError: a file is missing.
     """
     found = {file: file.stat() for file in files}
     return {file.name: [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()}

@@ -111,13 +111,16 @@ def movements(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 @dataclasses.dataclass
 class RobotArm(TableConfig):
-    """Simulated rows; all columns have mean 0 and variance 1 over the training split."""
+    """Simulated rows; all columns have mean 0 and variance 1 over the training split.
+
+    Attributes:
+      test_rows: in the split `test`; every row of both splits is of another movement.
+      simulation_seed: of the movements; the run's seed orders the rows.
+    """
 
     train_rows: int = field(15_000, at_least=2)
     test_rows: int = field(5_000, at_least=2)
-    """In the split `test`; every row of both splits is of another movement."""
     simulation_seed: int = 0
-    """Of the movements; the run's seed orders the rows."""
 
     @property
     def num_inputs(self) -> int:

@@ -28,7 +28,7 @@ class RowPipeline(Pipeline):
     """Rows of several domains in training order, and held-out batches.
 
     Attributes:
-        rows_per_epoch: Training rows in all domains.
+      rows_per_epoch: training rows in all domains.
     """
 
     def __init__(
@@ -43,16 +43,16 @@ class RowPipeline(Pipeline):
         """Orders the training rows.
 
         Args:
-            dataset: What errors call the dataset.
-            train: The training split.
-            batch_size: B.
-            seed: Determines the training order; any integer from 0.
-            domain_weights: Shares of the training rows, of any sum; a domain left out is not
-                trained on. Empty: every row once per epoch.
-            row: What errors call a row.
+          dataset: what errors call the dataset.
+          train: the training split.
+          batch_size: B.
+          seed: determines the training order; any integer from 0.
+          domain_weights: shares of the training rows, of any sum; a domain left out is not
+            trained on. Empty: every row once per epoch.
+          row: what errors call a row.
 
         Raises:
-            UserError: No domain has a row, or a weight is of no domain with a row.
+          UserError: no domain has a row, or a weight is of no domain with a row.
         """
         self._dataset, self._batch_size, self._row = dataset, batch_size, row
         self.domains = tuple(sorted(train))
@@ -71,7 +71,7 @@ class RowPipeline(Pipeline):
         """Opens another split.
 
         Raises:
-            UserError: There is none of that name, or it is damaged.
+          UserError: there is none of that name, or it is damaged.
         """
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -93,8 +93,8 @@ class RowPipeline(Pipeline):
         spaced. Rows of all domains are spread over the batches.
 
         Raises:
-            UserError: The split does not exist, has no row, or has a domain that the training split
-                lacks.
+          UserError: the split does not exist, has no row, or has a domain that the training split
+            lacks.
         """
         held_out = self.open_split(split)
         unknown = sorted(set(held_out) - set(self.domains))

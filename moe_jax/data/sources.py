@@ -23,22 +23,25 @@ with epy.lazy_imports():  # They take longer to import than all the rest.
 
 @dataclasses.dataclass(frozen=True)
 class OpenedDataset:
-    """One split of a prepared dataset, readable at random."""
+    """One split of a prepared dataset, readable at random.
+
+    Attributes:
+      name: name, configuration and version, such as `debian_text/1.0.0`.
+      file_sha256: the sha256 of each record file of the split, by file name.
+    """
 
     name: str
-    """Name, configuration and version, such as `debian_text/1.0.0`."""
     split: str
     directory: pathlib.Path
     features: Mapping[str, "tfds.features.FeatureConnector"]
     examples: Sequence[Mapping[str, Any]]
     file_sha256: Mapping[str, str]
-    """The sha256 of each record file of the split, by file name."""
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         """Yields every example in order.
 
         Raises:
-            UserError: A record cannot be read.
+          UserError: a record cannot be read.
         """
         for index in range(len(self.examples)):
             try:
@@ -61,7 +64,7 @@ def prepare_dataset(name: str, data_dir: str) -> "tfds.core.GeneratorBasedBuilde
     Progress goes to stderr.
 
     Raises:
-        UserError: The name is unknown, or the builder cannot get its data.
+      UserError: the name is unknown, or the builder cannot get its data.
     """
     known = builders()
     if name not in known:
@@ -91,14 +94,14 @@ def open_dataset(name_or_dir: str, data_dir: str, split: str) -> OpenedDataset:
     """Opens a split of a dataset that was prepared as array_record.
 
     Args:
-        name_or_dir: One of the project's datasets (`python_library` is prepared on first use), a
-            TFDS name such as `lm1b`, or the directory that holds a `dataset_info.json`.
-        data_dir: Where datasets are found by name; empty for `$TFDS_DATA_DIR` or
-            `~/tensorflow_datasets`.
-        split: A split's name, or a TFDS slice of it such as `train[:10%]`.
+      name_or_dir: one of the project's datasets (`python_library` is prepared on first use), a
+        TFDS name such as `lm1b`, or the directory that holds a `dataset_info.json`.
+      data_dir: where datasets are found by name; empty for `$TFDS_DATA_DIR` or
+        `~/tensorflow_datasets`.
+      split: a split's name, or a TFDS slice of it such as `train[:10%]`.
 
     Raises:
-        UserError: There is no such dataset or split, or its files are damaged.
+      UserError: there is no such dataset or split, or its files are damaged.
     """
     with _without_imports(name_or_dir):
         builder = _find_builder(name_or_dir, data_dir)

@@ -29,9 +29,9 @@ class SpanLengths:
     """How many tokens a corrupted row has.
 
     Attributes:
-        raw: R, tokens that are read.
-        noise: Of these, how many are in a span.
-        spans: S.
+      raw: R, tokens that are read.
+      noise: of these, how many are in a span.
+      spans: S.
     """
 
     raw: int
@@ -62,9 +62,9 @@ def lengths_of_inputs(input_length: int, noise_density: float, mean_span: float)
     512 inputs are 568 raw tokens and 114 targets at T5's density 0.15 and mean 3.
 
     Args:
-        input_length: At least 3, the inputs of 2 raw tokens.
-        noise_density: Share of the raw tokens that is in spans.
-        mean_span: Mean length of a span.
+      input_length: at least 3, the inputs of 2 raw tokens.
+      noise_density: share of the raw tokens that is in spans.
+      mean_span: mean length of a span.
     """
     lengths = span_lengths(2, noise_density, mean_span)
     # The inputs of another raw token are as long or longer.
@@ -99,13 +99,13 @@ def corrupt(
     """Replaces the spans of a text.
 
     Args:
-        tokens: Int32 [R].
-        mask: Bool [R], True in spans.
-        first_sentinel: Stands for the first span; the next span's is one lower.
+      tokens: Int32 [R].
+      mask: bool [R], True in spans.
+      first_sentinel: stands for the first span; the next span's is one lower.
 
     Returns:
-        Inputs int32 [M]: the text with a sentinel for every span, and EOS; and targets int32 [N]:
-        every span after its sentinel, and EOS.
+      Inputs int32 [M]: the text with a sentinel for every span, and EOS; and targets int32 [N]:
+      every span after its sentinel, and EOS.
     """
     starts = mask & ~np.concatenate([[False], mask[:-1]])
     sentinels = first_sentinel + 1 - np.cumsum(starts)
@@ -122,17 +122,21 @@ def corrupt(
 
 @dataclasses.dataclass
 class SpanCorruptionData(CorpusData):
-    """Which text a run reads, and how it is corrupted."""
+    """Which text a run reads, and how it is corrupted.
+
+    Attributes:
+      domain_feature: the feature that labels the text; empty for one domain named after the
+        dataset.
+      input_length: M: tokens of an input, sentinels and EOS included.
+      noise_density: share of the text that is in spans.
+      mean_span: mean length of a span in tokens.
+    """
 
     text_feature: str = "text"
     domain_feature: str = "domain"
-    """The feature that labels the text; empty for one domain named after the dataset."""
     input_length: int = field(512, at_least=3)
-    """M: tokens of an input, sentinels and EOS included."""
     noise_density: float = 0.15
-    """Share of the text that is in spans."""
     mean_span: float = field(3.0, at_least=1)
-    """Mean length of a span in tokens."""
 
     def validate(self) -> None:
         """See `CorpusData`."""
@@ -193,13 +197,13 @@ class SpanCorruptionPipeline(Pipeline):
         """Opens, and if necessary prepares, tokenises and packs, the training split.
 
         Args:
-            config: What to read.
-            seed: Determines the training order and the spans; any integer from 0.
-            tokenizer: Of a run that has begun; None to learn it or find it learned.
+          config: what to read.
+          seed: determines the training order and the spans; any integer from 0.
+          tokenizer: of a run that has begun; None to learn it or find it learned.
 
         Raises:
-            UserError: The dataset or one of its domains does not exist or is damaged, or no domain
-                has a whole row.
+          UserError: the dataset or one of its domains does not exist or is damaged, or no domain
+            has a whole row.
         """
         config.validate()
         self._seed, self._lengths = seed, config.lengths

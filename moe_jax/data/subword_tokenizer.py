@@ -33,9 +33,9 @@ class SubwordTokenizer(Tokenizer):
         """Uses the library's tokenizer, whose tokens 0, 1 and 2 are PAD, BOS and EOS.
 
         Args:
-            library: The trained tokenizer.
-            vocab_size: At least as many as `library` has, and the extra ones.
-            extra_ids: Numbers at the top that stand for no text.
+          library: the trained tokenizer.
+          vocab_size: at least as many as `library` has, and the extra ones.
+          extra_ids: numbers at the top that stand for no text.
         """
         library.encode_special_tokens = True  # A text that spells a special token is only text.
         self._library = library
@@ -61,11 +61,14 @@ class SubwordTokenizer(Tokenizer):
 
 @dataclasses.dataclass
 class Subword(TokenizerConfig):
-    """Byte-pair encoding learned from the run's training split, once for each dataset and size."""
+    """Byte-pair encoding learned from the run's training split, once for each dataset and size.
+
+    Attributes:
+      vocab_size: number of tokens: specials, bytes, subwords and extra ones. A small corpus may
+        give fewer subwords; the extra numbers are the last below vocab_size all the same.
+    """
 
     vocab_size: int = 8192
-    """Number of tokens: specials, bytes, subwords and extra ones. A small corpus may give fewer
-    subwords; the extra numbers are the last below vocab_size all the same."""
 
     def validate(self) -> None:
         """Raises UserError for fields out of range."""
@@ -84,7 +87,7 @@ class Subword(TokenizerConfig):
         """See `TokenizerConfig`.
 
         Raises:
-            UserError: A text is not UTF-8, or `cache` cannot be written.
+          UserError: a text is not UTF-8, or `cache` cannot be written.
         """
         learned = self.vocab_size - self.extra_ids
         digest = hashlib.sha256(f"{corpus} {learned}".encode()).hexdigest()
@@ -104,7 +107,7 @@ class Subword(TokenizerConfig):
         """See `TokenizerConfig`.
 
         Raises:
-            UserError: The folder has no tokenizer.json, or a damaged one.
+          UserError: the folder has no tokenizer.json, or a damaged one.
         """
         return self._from_file(epath.Path(folder) / TOKENIZER_FILE)
 

@@ -24,9 +24,9 @@ class Table:
     """Rows of one split.
 
     Attributes:
-        inputs: [R, n] float32.
-        targets: [R, m] float32.
-        domain: [R] names.
+      inputs: [R, n] float32.
+      targets: [R, m] float32.
+      domain: [R] names.
     """
 
     inputs: np.ndarray
@@ -56,7 +56,7 @@ class TablePipeline(RowPipeline):
     A batch has `inputs`, float32 [B, n], and `targets`, float32 [B, m].
 
     Attributes:
-        tables: Split -> its rows.
+      tables: split -> its rows.
     """
 
     def __init__(
@@ -91,10 +91,13 @@ class TablePipeline(RowPipeline):
 
 @dataclasses.dataclass
 class TableConfig(DataConfig):
-    """What the data of a `TablePipeline` say of their rows."""
+    """What the data of a `TablePipeline` say of their rows.
+
+    Attributes:
+      held_out_split: see `DataConfig`; these data have no split `validation`.
+    """
 
     held_out_split: str = "test"
-    """See `DataConfig`; these data have no split `validation`."""
 
     @property
     def tokens_per_row(self) -> int:
@@ -127,24 +130,29 @@ class TableConfig(DataConfig):
 
 @dataclasses.dataclass
 class TableData(TableConfig):
-    """Numbers of a dataset's examples that predict which class each belongs to."""
+    """Numbers of a dataset's examples that predict which class each belongs to.
+
+    Attributes:
+      dataset: a name or a directory: see `moe_jax.data.sources.open_dataset`.
+      data_dir: where datasets are found by name; empty for $TFDS_DATA_DIR or
+        ~/tensorflow_datasets.
+      train_split: the split, or a TFDS slice of one, that is trained on.
+      input_features: the n features that are the inputs.
+      input_divisor: inputs are divided by this; 1000 turns Hz into kHz.
+      class_feature: the feature that names an example's class; it is also the row's domain.
+      classes: the classes that are used; examples of others are left out.
+      class_targets: the single target of each class; empty for one target per class, 1 for its
+        own, else 0.
+    """
 
     dataset: str = "peterson_barney"
-    """A name or a directory: see `moe_jax.data.sources.open_dataset`."""
     data_dir: str = ""
-    """Where datasets are found by name; empty for $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     train_split: str = "train"
-    """The split, or a TFDS slice of one, that is trained on."""
     input_features: tuple[str, ...] = ("f1", "f2")
-    """The n features that are the inputs."""
     input_divisor: float = field(1000.0, above=0)
-    """Inputs are divided by this; 1000 turns Hz into kHz."""
     class_feature: str = "vowel"
-    """The feature that names an example's class; it is also the row's domain."""
     classes: tuple[str, ...] = ("iy", "ih", "aa", "ah")
-    """The classes that are used; examples of others are left out."""
     class_targets: tuple[float, ...] = ()
-    """The single target of each class; empty for one target per class, 1 for its own, else 0."""
 
     @property
     def num_inputs(self) -> int:

@@ -20,10 +20,10 @@ class Tokenizer(abc.ABC):
     nothing in a text, such as T5's sentinels. Between these two some numbers may be without use.
 
     Attributes:
-        name: Tells tokenizers apart that turn a text into other tokens.
-        text_ids: The numbers below this one are PAD, BOS, EOS or text.
-        extra_ids: How many numbers at the top are extra.
-        vocab_size: All numbers, those without use included.
+      name: tells tokenizers apart that turn a text into other tokens.
+      text_ids: the numbers below this one are PAD, BOS, EOS or text.
+      extra_ids: how many numbers at the top are extra.
+      vocab_size: all numbers, those without use included.
     """
 
     PAD = 0
@@ -51,11 +51,11 @@ class Tokenizer(abc.ABC):
         """Returns the tokens of `text`, `dtype` [tokens], without BOS or EOS.
 
         Args:
-            text: A string, or bytes of UTF-8.
-            where: What the error calls the text.
+          text: a string, or bytes of UTF-8.
+          where: what the error calls the text.
 
         Raises:
-            UserError: Bytes are not UTF-8; the message gives the offset.
+          UserError: bytes are not UTF-8; the message gives the offset.
         """
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -65,7 +65,7 @@ class Tokenizer(abc.ABC):
         token n from the top becomes `<extra_id_n>`, as T5 writes it.
 
         Raises:
-            UserError: A number is not in the vocabulary.
+          UserError: a number is not in the vocabulary.
         """
         numbers = np.fromiter(ids, np.int64)
         first_extra = self.vocab_size - self.extra_ids
@@ -109,10 +109,14 @@ class Tokenizer(abc.ABC):
 
 @dataclasses.dataclass
 class TokenizerConfig(Component, abc.ABC):
-    """Which tokenizer a run uses; a component of a config."""
+    """Which tokenizer a run uses; a component of a config.
+
+    Attributes:
+      extra_ids: how many numbers at the top of the vocabulary are free for a task: T5's sentinels,
+        a mask.
+    """
 
     extra_ids: int = field(0, at_least=0)
-    """How many numbers at the top of the vocabulary are free for a task: T5's sentinels, a mask."""
 
     @property
     @abc.abstractmethod
@@ -130,9 +134,9 @@ class TokenizerConfig(Component, abc.ABC):
         """Makes the tokenizer, unless `cache` has it; nothing in it is random.
 
         Args:
-            texts: What to learn from; read only if the tokenizer must be learned.
-            corpus: Identifies the texts in `cache`.
-            cache: A folder for tokenizers.
+          texts: what to learn from; read only if the tokenizer must be learned.
+          corpus: identifies the texts in `cache`.
+          cache: a folder for tokenizers.
         """
 
     @abc.abstractmethod
@@ -144,7 +148,7 @@ def utf8(text: str | bytes, where: str) -> str:
     """Returns `text` as a string.
 
     Raises:
-        UserError: Bytes are not UTF-8; the message gives the offset.
+      UserError: bytes are not UTF-8; the message gives the offset.
     """
     if isinstance(text, str):
         return text

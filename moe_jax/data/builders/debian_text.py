@@ -49,12 +49,15 @@ def _fortunes(fortune_file: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Domain:
-    """Which files of a package are a domain's text, and how each becomes plain text."""
+    """Which files of a package are a domain's text, and how each becomes plain text.
+
+    Attributes:
+      files: a regular expression for the whole path inside the package.
+    """
 
     name: str
     package: str
     files: str
-    """A regular expression for the whole path inside the package."""
     to_text: Callable[[str], str] = str
 
 
@@ -123,7 +126,7 @@ class DebianText(LabelledTextBuilder):
         """Downloads the packages and reads their text.
 
         Raises:
-            UserError: A package client is missing or cannot download.
+          UserError: a package client is missing or cannot download.
         """
         packages = Packages(self.name, _ALTERNATIVE, downloads)
         archives = packages.fetch(list(dict.fromkeys(domain.package for domain in _DOMAINS)))

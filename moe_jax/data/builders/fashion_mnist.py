@@ -42,7 +42,7 @@ def idx_array(content: bytes) -> np.ndarray:
     the values.
 
     Raises:
-        ValueError: It is something else.
+      ValueError: it is something else.
     """
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise ValueError("no IDX file of bytes")
@@ -75,7 +75,7 @@ class FashionMnist(LabelledImagesBuilder, skip_registration=True):  # type: igno
         """Downloads the package and reads its files.
 
         Raises:
-            UserError: It cannot be downloaded, or its files are others than the authors'.
+          UserError: it cannot be downloaded, or its files are others than the authors'.
         """
         packages = Packages(self.name, _ALTERNATIVE, downloads)
         archives = packages.fetch([PACKAGE])

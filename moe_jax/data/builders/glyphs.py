@@ -93,10 +93,10 @@ def split_styles(styles: Sequence[str], few_shot: bool) -> dict[str, list[str]]:
     """Divides the styles of a script's families, by the sha256 of their names.
 
     Args:
-        styles: Such as `NotoSansThai-Bold`.
-        few_shot: Half of the styles are for `few_shot`, whose images a classifier of a few examples
-            is made from, and half for `few_shot_test`. Otherwise there are `train`, `validation`
-            and `test`.
+      styles: such as `NotoSansThai-Bold`.
+      few_shot: half of the styles are for `few_shot`, whose images a classifier of a few examples
+        is made from, and half for `few_shot_test`. Otherwise there are `train`, `validation`
+        and `test`.
     """
     ranked = sorted(styles, key=lambda style: hashlib.sha256(style.encode()).digest())
     if few_shot:
@@ -114,7 +114,7 @@ def drawn(letter: str, font: ImageFont.FreeTypeFont, side: int, seed: bytes) -> 
     """White on black, turned, sheared and scaled as the seed says, in the middle.
 
     Returns:
-        uint8 [side, side, 1].
+      uint8 [side, side, 1].
     """
     left, top, right, bottom = font.getbbox(letter)
     random = np.random.default_rng(np.frombuffer(hashlib.sha256(seed).digest(), np.uint32))
@@ -152,7 +152,7 @@ class Glyphs(LabelledImagesBuilder):
         """Downloads the fonts and draws their letters.
 
         Raises:
-            UserError: They cannot be downloaded, or a family is not among them.
+          UserError: they cannot be downloaded, or a family is not among them.
         """
         packages = Packages(self.name, _ALTERNATIVE, downloads)
         archives = packages.fetch(PACKAGES)

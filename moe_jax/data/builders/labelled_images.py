@@ -16,8 +16,8 @@ class ClassifiedImages:
     """Some images and their classes.
 
     Attributes:
-        images: uint8 [N, side, side, 1], 0 for the background.
-        labels: int64 [N].
+      images: uint8 [N, side, side, 1], 0 for the background.
+      labels: int64 [N].
     """
 
     images: np.ndarray
@@ -65,7 +65,7 @@ class LabelledImagesBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
         """Returns the splits, and JSON-like facts about each package they come from.
 
         Args:
-            downloads: A folder for downloaded files, kept between calls; it may not exist yet.
+          downloads: a folder for downloaded files, kept between calls; it may not exist yet.
         """
 
     def _info(self) -> tfds.core.DatasetInfo:

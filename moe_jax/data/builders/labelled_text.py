@@ -17,21 +17,27 @@ HELD_OUT_FRACTION = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text with the label of where it comes from."""
+    """One text with the label of where it comes from.
+
+    Attributes:
+      name: unique within the domain, for example a path.
+    """
 
     domain: str
     name: str
-    """Unique within the domain, for example a path."""
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class TextBlock:
-    """A piece of a document: one example of the dataset."""
+    """A piece of a document: one example of the dataset.
+
+    Attributes:
+      name: `document#index`.
+    """
 
     domain: str
     name: str
-    """`document#index`."""
     text: str
 
     @property
@@ -122,7 +128,7 @@ class LabelledTextBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
         """Returns the documents in a fixed order, and JSON-like facts about their origin.
 
         Args:
-            downloads: A folder for downloaded files, kept between calls; it may not exist yet.
+          downloads: a folder for downloaded files, kept between calls; it may not exist yet.
         """
 
     def _info(self) -> tfds.core.DatasetInfo:

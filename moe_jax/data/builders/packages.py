@@ -24,9 +24,9 @@ class Packages:
     """What a dataset is made of, downloaded with the ordinary clients (`apt-get`, `npm`) and kept.
 
     Attributes:
-        dataset: Its name, for messages.
-        alternative: What messages advise where the packages cannot be had: a part of a sentence.
-        folder: Where archives are kept; it may not exist yet.
+      dataset: its name, for messages.
+      alternative: what messages advise where the packages cannot be had: a part of a sentence.
+      folder: where archives are kept; it may not exist yet.
     """
 
     dataset: str
@@ -37,10 +37,10 @@ class Packages:
         """Returns the packages' archives, downloaded unless an earlier call has done so.
 
         Args:
-            packages: Names of Debian packages, and npm packages as `@scope/name@version`.
+          packages: names of Debian packages, and npm packages as `@scope/name@version`.
 
         Raises:
-            UserError: A client is missing or cannot download.
+          UserError: a client is missing or cannot download.
         """
         with_npm = any(package.startswith("@") for package in packages)
         for client in ("apt-get", "dpkg-deb", *(["npm"] if with_npm else [])):
@@ -60,7 +60,7 @@ class Packages:
         """Opens the files inside a .deb or a .tgz.
 
         Raises:
-            UserError: It cannot be unpacked.
+          UserError: it cannot be unpacked.
         """
         if archive.suffix == ".deb":
             with tempfile.TemporaryFile() as tar:
@@ -103,7 +103,7 @@ class Packages:
         """Runs a package client in `folder`.
 
         Raises:
-            UserError: The client fails.
+          UserError: the client fails.
         """
         try:
             subprocess.run(

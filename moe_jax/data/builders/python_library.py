@@ -30,7 +30,7 @@ def library_sources(library: pathlib.Path) -> Iterator[Document]:
     other packages and the single-file modules are in the domain `modules`.
 
     Args:
-        library: The folder that holds `asyncio/`, `os.py` and so on.
+      library: the folder that holds `asyncio/`, `os.py` and so on.
     """
     modules = [
         path.relative_to(library)

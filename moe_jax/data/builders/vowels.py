@@ -32,7 +32,7 @@ def praat_table() -> str:
     """The measurements as lines of tab-separated fields under a line of names.
 
     Raises:
-        UserError: The package that carries them is not installed.
+      UserError: the package that carries them is not installed.
     """
     try:
         import parselmouth

@@ -21,13 +21,13 @@ def fetch_wheel(requirement: str, sha256: str, folder: pathlib.Path) -> pathlib.
     The wheel comes from the index that pip is configured for. No code of it runs.
 
     Args:
-        requirement: One version of a package, such as `django==5.2.19`.
-        sha256: Of the wheel, as hexadecimal digits.
-        folder: Where unpacked wheels are kept; it may not exist yet.
+      requirement: one version of a package, such as `django==5.2.19`.
+      sha256: of the wheel, as hexadecimal digits.
+      folder: where unpacked wheels are kept; it may not exist yet.
 
     Raises:
-        UserError: pip cannot download the wheel, it is not the one of `sha256`, or `folder` cannot
-            be written.
+      UserError: pip cannot download the wheel, it is not the one of `sha256`, or `folder` cannot
+        be written.
     """
     name = re.sub(r"[^\w.-]+", "-", requirement)
     unpacked = folder / f"{name}-{sha256[:16]}"

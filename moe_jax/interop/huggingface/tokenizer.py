@@ -118,10 +118,13 @@ class FolderTokenizer(Tokenizer):
 
 @dataclasses.dataclass
 class FolderTokens(TokenizerConfig):
-    """The tokens of a model's folder, in place of those that a run learns."""
+    """The tokens of a model's folder, in place of those that a run learns.
+
+    Attributes:
+      folder: with tokenizer.json.
+    """
 
     folder: str = ""
-    """With tokenizer.json."""
 
     @property
     def vocab_size(self) -> int:
