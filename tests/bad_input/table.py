@@ -240,7 +240,10 @@ OF_A_RUN = [
             ("run_with_binary_manifest", "manifest.json"),
         )
     ),
-    case(EVALUATE, words="--workdir"),
+    case(EVALUATE, words="workdir|checkpoint"),
+    case(EVALUATE, "--workdir={run}", "--checkpoint=hf:{tmp}/empty", words="workdir|checkpoint"),
+    case(EVALUATE, "--checkpoint=hf:{tmp}/empty", CONFIG, words="empty"),
+    case(EVALUATE, "--checkpoint=hf:{tmp}/empty", words="--config"),
     case(EVALUATE, "--workdir={tmp}/run_of_vanished_data", words="./vanished"),
     case(EVALUATE, "--workdir={run}", "--split=nowhere", words="split='nowhere'|train, validation"),
     case(EVALUATE, "--workdir={run}", "--split=", words="split"),
