@@ -7,7 +7,7 @@
 #   make test PYTHON=python3.12     the same in an environment of that interpreter's own
 #   make test-fast                  the tests of routing, dispatch and layers, for after each edit: 2 minutes
 #   make test-first-losses          the first 20 losses of small runs against those recorded
-#   make test-slow                  the tests marked `slow` (random kills over a long run)
+#   make test-slow                  the tests marked `slow` (100 random kills, KILLS=10 for fewer; two trainers)
 #   make test-layouts               every mesh, transport, router and dispatch against the serial layer
 #   make test-routers                every router class trains a small model on real text
 #   make test-all-routers            every entry of the catalogue does

@@ -3,8 +3,8 @@
 #
 #   launch/on_host.sh tpu-v5p-256 --config=configs/mixtral.py:8x7b --workdir=gs://bucket/run
 #
-# Ends with the status of train.py; but with 143 where SIGTERM came, upon which train.py saves and ends
-# with 0: whoever restarts failed containers then knows that the run is not done.
+# Ends with the status of train.py, to which it passes SIGTERM on: 0 done, 143 stopped by SIGTERM after
+# saving, 2 a mistake of the user's, 134 where another process died.
 set -euo pipefail
 
 machine="$1"
@@ -14,10 +14,8 @@ cd "$(dirname "$0")/.."
 LIBTPU_INIT_ARGS="$("$PYTHON" -m moe_jax.pods.xla_flags "$machine") ${LIBTPU_INIT_ARGS:-}"
 export LIBTPU_INIT_ARGS
 
-stopped=0
 training=
 stop() {
-  stopped=1
   kill -TERM "$training" 2>/dev/null || true
 }
 trap stop TERM
@@ -30,7 +28,4 @@ while kill -0 "$training" 2>/dev/null; do
 done
 status=0
 wait "$training" || status=$?
-if ((stopped)); then
-  exit 143
-fi
 exit "$status"

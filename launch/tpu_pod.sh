@@ -71,4 +71,4 @@ for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
   echo "attempt $attempt ended with status $status; trying again" >&2
   sleep 60
 done
-exit 1
+exit "$status"

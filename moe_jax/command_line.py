@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from moe_jax import component
 from moe_jax.errors import UserError, user_error_behind, where_it_failed
+from moe_jax.parallel import ending
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.loop import Interrupted
 
@@ -82,8 +83,9 @@ def run(main: Callable[[], None], default_config: str | None = None) -> None:
       main: the script.
       default_config: what --config is if the user names no file.
 
-    Exit status: 0 done, or stopped by SIGTERM after saving; 130 stopped by Ctrl-C after saving;
-    2 the user asked for something impossible.
+    Exit status: 0 done; 143 stopped by SIGTERM after saving, and 130 by Ctrl-C; 2 the user asked for
+    something impossible. Of several processes all end with the status of the one that failed, or with
+    134 where one was killed.
     """
     # Not as the flag's default, which absl would read before `parse_flags` can catch its errors.
     if default_config and not any(re.fullmatch(r"--config(=.*)?", a) for a in sys.argv):
@@ -102,17 +104,17 @@ def report_to_user(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        _stop(str(error), USER_ERROR_STATUS)
+        _fail(str(error), USER_ERROR_STATUS)
     except BrokenPipeError:  # The reader of our output has seen enough, as `| head` has.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         logging.getLogger(__name__).debug("where it happened", exc_info=True)
-        _stop(_of_system(error), USER_ERROR_STATUS)
+        _fail(_of_system(error), USER_ERROR_STATUS)
     except KeyboardInterrupt:
-        _stop("interrupted", 130)
+        _fail("interrupted", 130)
     except Interrupted as stopped:
-        _stop(str(stopped), 130 if stopped.signal_number == signal.SIGINT else 0)
+        _stop(str(stopped), 128 + stopped.signal_number)
 
 
 def _of_system(error: OSError) -> str:
@@ -140,6 +142,12 @@ def keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.path.expanduser("~/.cache/moe_jax/compiled")
         jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def _fail(message: str, status: int) -> None:
+    """Of several processes the others would wait for this one."""
+    ending.end(message, status)
+    _stop(message, status)
 
 
 def _stop(message: str, status: int) -> None:

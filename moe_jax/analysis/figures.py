@@ -79,7 +79,9 @@ def _heatmap_rows(moe_layers: Sequence[int | str]) -> int:
 def _series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one metric, where it was recorded and finite."""
     found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-    return np.array([step for step, _ in found]), np.array([value for _, value in found])
+    # Within a list, null is a number that was not finite.
+    values = np.array([value for _, value in found], np.float64)
+    return np.array([step for step, _ in found]), values
 
 
 def _draw_loss(axes: Axes, runs: Mapping[str, Records], colors: Mapping[str, str]) -> None:
@@ -89,6 +91,8 @@ def _draw_loss(axes: Axes, runs: Mapping[str, Records], colors: Mapping[str, str
         axes.plot(steps, losses, color=color, linewidth=1, alpha=0.5, label=f"{name}, training")
         steps, losses = _series(records, "eval/loss")
         axes.plot(steps, losses, "o-", color=color, markersize=4, label=f"{name}, held out")
+        if not len(steps):  # None was measured, or none was finite.
+            continue
         axes.annotate(
             f"{losses[-1]:.3f}", (steps[-1], losses[-1]), color=color, fontsize=8,
             xytext=(5, 2 if color == DENSE else -8), textcoords="offset points",
@@ -137,6 +141,9 @@ def _draw_loads(axes: Sequence[Axes], records: Records, moe_layers: Sequence[int
     """One heat map per MoE layer: share of the tokens that each expert gets, over time."""
     for panel, layer in zip(axes, moe_layers, strict=False):
         steps, load = _series(records, f"router/{layer}/load")
+        if not len(steps):
+            panel.set(title=f"Load of block {layer}: none recorded")
+            continue
         load = load.T
         share = load / load.sum(axis=0, keepdims=True)
         fair = 100 / len(share)

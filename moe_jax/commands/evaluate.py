@@ -54,9 +54,14 @@ def main() -> None:
     if _ROUTING.value:
         _write_routing(trained, data, split, batches)
     if _FORMAT.value == "json":
-        print(json.dumps({"step": trained.step, "split": split, **measured}))
+        print(
+            json.dumps(
+                {"step": trained.step, "split": split, "batches": evaluate.num_batches, **measured}
+            )
+        )
         return
-    print(f"step {trained.step}, {split} split, {batches} batches")
+    asked = "" if evaluate.num_batches == batches else f" (all there are; {batches} were asked for)"
+    print(f"step {trained.step}, {split} split, {evaluate.num_batches} batches{asked}")
     print(metrics.held_out_table(measured, of_text=data.tokenizer is not None))
 
 

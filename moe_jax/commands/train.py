@@ -72,6 +72,10 @@ def main() -> None:
         records, config.model.moe_layers, _WORKDIR.value, epath.Path(_WORKDIR.value) / "report.png"
     )
     last = records[-1]
-    accuracy = f", accuracy {100 * last['eval/accuracy']:.1f}%" if "eval/accuracy" in last else ""
-    print(f"step {last['step']}: held-out loss {last['eval/loss']:.4f}{accuracy}")
+    if last.get("eval/loss") is None:
+        print(f"step {last['step']}: the held-out loss is not finite, or nothing was held out")
+    else:
+        accuracy = last.get("eval/accuracy")
+        shown = "" if accuracy is None else f", accuracy {100 * accuracy:.1f}%"
+        print(f"step {last['step']}: held-out loss {last['eval/loss']:.4f}{shown}")
     print(f"results are in {_WORKDIR.value}: report.png, metrics.jsonl, config.json, checkpoints/")

@@ -125,8 +125,8 @@ class ImagePipeline(RowPipeline):
             seed: Determines the training order and augmentation; any integer from 0.
 
         Raises:
-            UserError: The dataset does not exist or is damaged, or is of other images than `config`
-                says.
+            UserError: The dataset does not exist or is damaged, or is of other images or labels than
+                `config` says.
         """
         config.validate()
         self._config, self._seed = config, seed
@@ -233,7 +233,11 @@ def _check_features(dataset: OpenedDataset, config: ImageData) -> None:
 
 
 def _labels(dataset: OpenedDataset, config: ImageData) -> np.ndarray:
-    """[N] int64 labels, read without decoding the images, once for the same files."""
+    """[N] int64 labels, read without decoding the images, once for the same files.
+
+    Raises:
+        UserError: Some are outside of [0, num_classes), or all are the same.
+    """
     name = file_name("labels", dataset.split, config.label_feature)
     path = dataset.directory / "checked" / name
     of = {
@@ -242,7 +246,29 @@ def _labels(dataset: OpenedDataset, config: ImageData) -> np.ndarray:
         "files": dict(dataset.file_sha256),
     }
     read = remembered(path, of, lambda: _read_labels(dataset, config).tolist())
-    return np.array(read, np.int64)
+    labels = np.array(read, np.int64)
+    _check_labels(labels, f"split={dataset.split!r} of dataset={config.dataset!r}", config)
+    return labels
+
+
+def _check_labels(labels: np.ndarray, where: str, config: ImageData) -> None:
+    """Raises UserError where no classifier could learn or be measured by these labels.
+
+    A softmax's loss of a label outside is 0, and a constant answer is always right for one class alone.
+    """
+    outside = labels[(labels < 0) | (labels >= config.num_classes)]
+    if outside.size:
+        unlabelled = ", -1 for unlabelled" if (outside == -1).all() else ""
+        raise UserError(
+            f"{where} has {outside.size} of {labels.size} labels outside 0 to {config.num_classes - 1} "
+            f"(the first is {outside[0]}{unlabelled}); name a split that is labelled, or set "
+            "data.num_classes to the dataset's."
+        )
+    if labels.size and config.num_classes > 1 and (labels == labels[0]).all():
+        raise UserError(
+            f"{where} has {labels.size} images, all of the class {labels[0]}, by which nothing is learned "
+            "or measured; name a split with more classes."
+        )
 
 
 def _read_labels(dataset: OpenedDataset, config: ImageData) -> np.ndarray:

@@ -201,13 +201,20 @@ class TableData(TableConfig):
                 f"data.classes names {missing[0]!r}, of which split={dataset.split!r} of "
                 f"dataset={self.dataset!r} has no example."
             )
+        numbers = np.array(inputs, np.float64)
+        if not np.isfinite(numbers).all():
+            broken = int((~np.isfinite(numbers)).any(axis=1).sum())
+            raise UserError(
+                f"split={dataset.split!r} of dataset={self.dataset!r} has {broken} of {len(numbers)} rows "
+                "with inputs that are not finite; leave them out, or take other data.input_features."
+            )
         values = (
             np.array(self.class_targets)[:, None]
             if self.class_targets
             else np.eye(len(self.classes))
         )
         return Table(
-            (np.array(inputs) / self.input_divisor).astype(np.float32),
+            (numbers / self.input_divisor).astype(np.float32),
             values[chosen].astype(np.float32),
             np.array(self.classes)[chosen],
         )

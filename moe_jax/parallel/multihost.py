@@ -8,11 +8,11 @@ they wait for each other for ever. So what is read from files is decided by proc
 (`by_first_process`), what the user gave is compared (`check_same`), and signals travel with the
 metrics of a step (`moe_jax.training.loop`).
 
-A process that dies is missed by JAX's coordination service, which process 0 hosts: when process 0
-dies the others end at once, when another dies all end after `PATIENCE_SECONDS` without its
-heartbeat. One that ends with an error of its own waits that long for the others at the exit, then
-the service ends all of them. To end is JAX's doing: an abort (status 134) whose message says
-"another task died". The same command on every process then continues from the newest checkpoint.
+A process that fails takes the others with it, with its sentence and its status
+(`moe_jax.parallel.ending`). One that is killed is missed by JAX's coordination service, which process 0
+hosts: when process 0 dies the others end at once, when another dies all end after `PATIENCE_SECONDS`
+without its heartbeat. To end is JAX's doing: an abort (status 134), of which one sentence is shown. The
+same command on every process then continues from the newest checkpoint.
 """
 
 import collections
@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
+from moe_jax.parallel import ending
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,9 +81,12 @@ def join(
             process_id,
             # What the user gave is not to be mixed with what a cluster's variables say.
             cluster_detection_method="deactivate" if given else None,
+            # Not on all interfaces of the machine, as JAX would.
+            coordinator_bind_address=coordinator,
             heartbeat_timeout_seconds=PATIENCE_SECONDS,
             shutdown_timeout_seconds=PATIENCE_SECONDS,
         )
+        ending.watch()
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         if given:
@@ -188,8 +192,13 @@ def by_first_process(action: Callable[[], int | None]) -> int:
     if failure is not None:
         raise failure
     if failed:
-        raise UserError("process 0 cannot go on, and its last line says why.")
+        raise first_process_failed()
     return result
+
+
+def first_process_failed() -> UserError:
+    """What the other processes say where process 0 has said why."""
+    return UserError("process 0 cannot go on, and its last line says why.")
 
 
 def wait_for_all() -> None:

@@ -52,6 +52,10 @@ MESH_AXES: dict[str, MeshAxes] = {
     "width": None,
 }
 
+# Dimensions that count matrices, of every layer of a stage, every expert, every network of an expert,
+# of queries, keys and values: to whoever treats matrices one by one (optimizers), each is one alone.
+STACKING_AXES = frozenset({"layers", "experts", "sublayers", "qkv"})
+
 
 def partition_spec(axes: Sequence[str]) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions are named `axes`.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from typing import Any
 
 from etils import epath
@@ -16,7 +17,10 @@ from moe_jax.models.interface import ModelConfig
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.tasks.language_modeling import LanguageModeling
 from moe_jax.tasks.task import Task
+from moe_jax.training import provenance
 from moe_jax.training.optimizers import AdamW, Optimizer
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -50,8 +54,9 @@ class Experiment(Component):
       seed: of parameters, data order, dropout and router noise.
       steps: total number of steps.
       microbatches: parts that a step's batch is computed in, one after the other, to save memory.
-      skip_nonfinite: on a loss or gradient that is not finite, drop the update and go on; False
-        stops the run.
+      skip_nonfinite: on a loss, gradient or update that is not finite, drop the update and go on;
+        False stops the run.
+      skip_limit: so many dropped updates in a row stop the run, too.
       model, task, data, optimizer, mesh, logging, checkpoint, evaluation: the components.
     """
 
@@ -59,6 +64,7 @@ class Experiment(Component):
     steps: int = field(1000, at_least=1)
     microbatches: int = field(1, at_least=1)
     skip_nonfinite: bool = False
+    skip_limit: int = field(10, at_least=1)
     model: ModelConfig = dataclasses.field(default_factory=DecoderLMConfig)
     task: Task = dataclasses.field(default_factory=LanguageModeling)
     data: DataConfig = dataclasses.field(default_factory=TextData)
@@ -129,7 +135,10 @@ class Experiment(Component):
 
 
 # What may differ between a run and its continuation.
-_MAY_CHANGE = ("config.mesh", "config.logging", "config.checkpoint", "config.steps")
+_MAY_CHANGE = (
+    "config.mesh", "config.logging", "config.checkpoint", "config.steps", "config.skip_nonfinite",
+    "config.skip_limit",
+)  # fmt: skip
 # So may what saves memory, of which another machine has more or less.
 _SAVES_MEMORY = (".microbatches", ".remat", ".remat_moe", ".buffer_factor")
 
@@ -183,8 +192,9 @@ def check_continues(workdir: epath.PathLike, config: Experiment) -> None:
     """Checks that `config` may continue the run in `workdir`.
 
     Raises:
-      UserError: another field than the mesh, logging, checkpointing, steps or what saves memory
-        (`microbatches`, `remat`, `buffer_factor`) differs; all that differ are named.
+      UserError: another field than the mesh, logging, checkpointing, steps, what is done about numbers
+        that are not finite, or what saves memory (`microbatches`, `remat`,
+        `buffer_factor`) differs; all that differ are named.
     """
     # Rebuilt first, so that a run of an earlier version is compared in today's names and fields.
     old, new = configuration.encode(load(workdir)), configuration.encode(config)
@@ -211,4 +221,51 @@ def check_same_data(workdir: epath.PathLike, dataset: str, sha256: str) -> None:
         raise UserError(
             f"data.dataset {dataset} now has the sha256 {sha256[:12]}, but the run in {workdir} "
             f"began with {began_with[:12]}; use a new --workdir or prepare the data of that run."
+        )
+
+
+def check_same_numerics(workdir: epath.PathLike) -> None:
+    """Checks that JAX computes as it did when the run in `workdir` began.
+
+    Flags of XLA, which change the last bits only and differ between machines, are compared and said.
+
+    Raises:
+      UserError: a setting of JAX differs; all that differ are named.
+    """
+    began_with = read_record(workdir).get("numerics")
+    if not began_with:  # A run of version 0.1.
+        return
+    now = provenance.numerics()
+    changed = [
+        f"{name} is {now[name]!r} and was {began_with[name]!r}"
+        for name in now
+        if name != "flags" and name in began_with and now[name] != began_with[name]
+    ]
+    if changed:
+        raise UserError(
+            f"workdir {workdir} holds a run that began with other settings of JAX, which train another "
+            f"model: {', '.join(changed)}; set them as they were, or use a new --workdir."
+        )
+    before, after = set(began_with.get("flags", [])), set(now["flags"])
+    if before != after:
+        _LOG.warning(
+            "The run in %s goes on with other flags of XLA, which may change the last bits: %s.",
+            workdir,
+            ", ".join(
+                [f"{flag} is new" for flag in sorted(after - before)]
+                + [f"{flag} is missing" for flag in sorted(before - after)]
+            ),
+        )
+
+
+def say_change_of_rate(workdir: epath.PathLike, config: Experiment, step: int) -> None:
+    """Says how the learning rate jumps where a run in `workdir` goes on from `step` to other `steps`."""
+    old = load(workdir)
+    before = float(old.optimizer.learning_rate_at(old.steps)(step))
+    after = float(config.optimizer.learning_rate_at(config.steps)(step))
+    if step < config.steps != old.steps and abs(after - before) > 1e-3 * max(before, after):
+        _LOG.warning(
+            "steps goes from %d to %d, and with it schedule=%s: step %d has the learning rate %.4g, where "
+            "the run would have gone on with %.4g.",
+            *(old.steps, config.steps, config.optimizer.schedule, step + 1, after, before),
         )

@@ -4,9 +4,11 @@ With several processes, which must share the run's folder, every process calls e
 Process 0 alone reads what decides how to go on, and writes everything but the checkpoints' arrays.
 """
 
+import contextlib
 import functools
 import json
 import logging
+import math
 import signal
 import sys
 import time
@@ -28,11 +30,18 @@ from moe_jax.training import experiment, metrics, provenance
 from moe_jax.training.checkpoints import Checkpoints, CheckpointStage
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.experiment import Experiment
+from moe_jax.training.optimizers import updates_done
 from moe_jax.training.run import Run, broadcast_signal
+from moe_jax.training.run_lock import RunLock
 from moe_jax.training.state import TrainState
 from moe_jax.training.traced_steps import StepTracer
 
 _LOG = logging.getLogger(__name__)
+
+# In place of a signal's number: process 0 could not write.
+_FAILED = 1000
+# So many records in a row without any gradient are no accident of the data.
+_ZERO_GRADIENTS = 3
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error.
@@ -44,7 +53,7 @@ class Interrupted(Exception):  # noqa: N818 - it is no error.
 
 
 class DivergedError(UserError):
-    """The loss or a gradient was not finite at `step`."""
+    """The loss, a gradient or what the update left was not finite at `step`."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -70,26 +79,58 @@ def train(
       All records of the run.
 
     Raises:
-      UserError: the config cannot work, or `workdir` holds another run or only damaged checkpoints.
-      DivergedError: the loss or a gradient is not finite.
+      UserError: the config cannot work, `workdir` holds another run or only damaged checkpoints, another
+        process trains the run, or the folder cannot be written or vanishes.
+      DivergedError: the loss, a gradient or a parameter is not finite.
       Interrupted: SIGTERM or SIGINT came; the state was saved.
     """
     run = Run.build(config)
     multihost.check_same("config", json.dumps(configuration.encode(config)))
+    multihost.check_same("JAX setting", json.dumps(provenance.numerics()))
     workdir = epath.Path(workdir)
+    with _alone(workdir) as lock:
+        _train(run, workdir, lock, on_stage, profiled)
+        records = metrics.read(workdir)
+        if not records:
+            multihost.by_first_process(lambda: lock.check() if lock else None)
+            raise UserError(
+                f"the run in {workdir} has done its last step, but its {metrics.METRICS_FILE} is gone; "
+                "bring it back, or ask for more steps."
+            )
+    return records
+
+
+@contextmanager
+def _alone(workdir: epath.Path) -> Iterator[RunLock | None]:
+    """Keeps other trainers out of the run's folder; the lock is process 0's."""
+    with contextlib.ExitStack() as held:
+        locks: list[RunLock] = []
+        multihost.by_first_process(lambda: locks.append(RunLock.take(workdir)))
+        yield held.enter_context(locks[0]) if locks else None
+
+
+def _train(
+    run: Run,
+    workdir: epath.Path,
+    lock: RunLock | None,
+    on_stage: Callable[[CheckpointStage, int], None] | None,
+    profiled: range,
+) -> None:
+    """`train`, alone in the run's folder."""
+    config = run.config
     begun = multihost.by_first_process(lambda: _is_begun(config, workdir))
     data = config.data.reopen(config.seed, workdir) if begun else config.data.open(config.seed)
     dataset = data.record()
     multihost.check_same(f"data in dataset {dataset['name']}", data.sha256)
     evaluate = Evaluator(run, data, config.data.held_out_split, config.evaluation.batches)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, on_stage)
+    record = _run_record(run, dataset)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, on_stage, record)
     with jax.set_mesh(run.mesh):
         step = multihost.by_first_process(
             lambda: _step_to_start_from(config, workdir, dataset, checkpoints)
         )
-        state = run.restore(checkpoints, step) if step else run.initial_state()
-        if _first_process():
-            _write_config(run, workdir, data.tokenizer, dataset)
+        state = _restored(run, checkpoints, step) if step else run.initial_state()
+        multihost.by_first_process(lambda: _write_config(record, workdir, data.tokenizer))
         _LOG.info(
             "%s %s on %s; mesh %s; %s",
             "Continuing from step" if step else "Starting at step",
@@ -99,27 +140,43 @@ def train(
             workdir,
         )
         if step < config.steps:
-            _Loop(run, data, evaluate, checkpoints, workdir).go(state, step, profiled)
+            _Loop(run, data, evaluate, checkpoints, workdir, lock).go(state, step, profiled)
         else:
             _evaluate_finished(state, step, evaluate, workdir)
     multihost.wait_for_all()
-    return metrics.read(workdir)
 
 
 def _is_begun(config: Experiment, workdir: epath.Path) -> bool:
     """Whether there is a run in `workdir`, which `config` may continue."""
+    if not (workdir / experiment.CONFIG_FILE).exists():
+        _bring_config_back(workdir)
     begun = (workdir / experiment.CONFIG_FILE).exists()
     if begun:
         experiment.check_continues(workdir, config)
     return begun
 
 
+def _bring_config_back(workdir: epath.Path) -> None:
+    """Writes config.json anew from what a checkpoint's manifest says of its run, if there is any."""
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    for step in reversed(checkpoints.steps()):
+        if record := checkpoints.about(step):
+            _write_record(record, workdir)
+            _LOG.warning(
+                "workdir %s has lost its %s, which is written anew from the manifest of checkpoint step %d.",
+                *(workdir, experiment.CONFIG_FILE, step),
+            )
+            return
+
+
 def _step_to_start_from(
     config: Experiment, workdir: epath.Path, dataset: dict[str, Any], checkpoints: Checkpoints
 ) -> int:
     """The step of the newest good checkpoint, 0 in a new folder."""
-    if (workdir / experiment.CONFIG_FILE).exists():
+    begun = (workdir / experiment.CONFIG_FILE).exists()
+    if begun:
         experiment.check_same_data(workdir, dataset["name"], dataset["sha256"])
+        experiment.check_same_numerics(workdir)
     elif checkpoints.steps():
         raise UserError(
             f"workdir {workdir} has checkpoints but no {experiment.CONFIG_FILE}, so it cannot be "
@@ -131,7 +188,25 @@ def _step_to_start_from(
             f"steps is {config.steps}, but the run in {workdir} has done {step} already; ask "
             "for more, or use a new --workdir."
         )
+    if begun and step:
+        experiment.say_change_of_rate(workdir, config, step)
     return step
+
+
+def _restored(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
+    """The state of a checkpoint.
+
+    Raises:
+      UserError: it cannot be read, or its numbers are not finite, as versions before 0.2 may have left
+        them.
+    """
+    state = run.restore(checkpoints, step)
+    if not jax.jit(run.are_finite)((state.parameters, state.variables)):
+        raise UserError(
+            f"checkpoint step {step} of this run holds parameters that are not finite, from which "
+            "nothing can be learned; delete its folder to continue from an earlier one."
+        )
+    return state
 
 
 def _evaluate_finished(
@@ -157,18 +232,24 @@ def _first_process() -> bool:
     return jax.process_index() == 0
 
 
-def _write_config(
-    run: Run, workdir: epath.Path, tokenizer: Tokenizer | None, dataset: dict[str, Any]
-) -> None:
-    record = {
+def _run_record(run: Run, dataset: dict[str, Any]) -> dict[str, Any]:
+    """What config.json and the checkpoints' manifests say of the run."""
+    return {
         "config": configuration.encode(run.config),
         "imports": component.origins(configuration.classes(run.config)),
         "dataset": dataset,
         **provenance.record(),
     }
+
+
+def _write_config(record: dict[str, Any], workdir: epath.Path, tokenizer: Tokenizer | None) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:  # First, because with a config.json the run has begun.
         tokenizer.save(workdir)
+    _write_record(record, workdir)
+
+
+def _write_record(record: dict[str, Any], workdir: epath.Path) -> None:
     temporary = workdir / (experiment.CONFIG_FILE + ".tmp")
     temporary.write_text(json.dumps(record, indent=2) + "\n")
     temporary.replace(workdir / experiment.CONFIG_FILE)
@@ -184,18 +265,27 @@ class _Loop:
         evaluate: Evaluator,
         checkpoints: Checkpoints,
         workdir: epath.Path,
+        lock: RunLock | None,
     ) -> None:
         self.run, self.data, self.evaluate = run, data, evaluate
-        self.checkpoints, self.workdir = checkpoints, workdir
+        self.checkpoints, self.workdir, self.lock = checkpoints, workdir, lock
         self.signals = functools.cache(functools.partial(broadcast_signal, run.mesh))
+        self.are_finite = jax.jit(run.are_finite)
+        self.failure: UserError | None = None
         self.last_good = 0
         self.checked = 0
+        # Updates that were skipped: of the whole run, and in a row up to the step that was checked last.
+        self.skipped = 0
+        self.skipped_now = 0
+        self.zero_gradients = 0
 
     def go(self, state: TrainState, start: int, profiled: range) -> None:
         """Steps `start` + 1 to the last one; see `train` for `profiled`."""
         config = self.run.config
         self.last_good = self.checked = start
-        writer = metrics.MetricsWriter(self.workdir, start) if _first_process() else None
+        done = updates_done(state.optimizer)
+        self.skipped = 0 if done is None else start - done
+        writer = self._open_records(start)
         clock = _Clock(config.data.batch_size * config.data.tokens_per_row)
         tracer = StepTracer(profiled, self.workdir)
         if profiled and not set(profiled) & set(range(start + 1, config.steps + 1)):
@@ -210,7 +300,8 @@ class _Loop:
                     tracer.before(step, state)
                     batch = self._batch(step)
                     clock.before_call()
-                    signals = self.signals(received[0] if received else 0)
+                    number = _FAILED if self.failure else received[0] if received else 0
+                    signals = self.signals(number)
                     with jax.profiler.StepTraceAnnotation("train", step_num=step):
                         state, step_metrics = self.run.train_step(
                             state, batch, signals, self.run.noise_key_data
@@ -228,13 +319,15 @@ class _Loop:
                         if self._evaluation_due(step):
                             record |= self.evaluate(state.parameters, state.variables)
                         if writer:
-                            writer.write(record)
+                            self._write(writer, record)
                             _show(bar, record)
                         clock.restart()
                     if step % config.checkpoint.every == 0 or step == config.steps:
                         self._save(step, state, step_metrics)
                         clock.restart()
                     bar.update()
+                    if signal_number == _FAILED:
+                        raise self.failure or multihost.first_process_failed()
                     if signal_number and step < config.steps:
                         self._save(step, state, step_metrics)
                         raise Interrupted(
@@ -242,6 +335,7 @@ class _Loop:
                             f"command again to continue ({self.workdir})",
                             signal_number,
                         )
+            self._say_what_was_skipped()
         finally:
             tracer.close()
             if writer:
@@ -266,11 +360,51 @@ class _Loop:
         config = self.run.config
         record = metrics.training_record(jax.device_get(step_metrics), config.model.moe_layers)
         schedule = config.optimizer.learning_rate_at(config.steps)
-        record["train/learning_rate"] = float(schedule(step - 1))
+        # By the updates before this one, as the optimizer counts them.
+        skipped_before = self.skipped - (self.skipped_now > 0)
+        record["train/learning_rate"] = float(schedule(step - 1 - skipped_before))
+        self._say_if_gradients_vanish(step, record)
         return {"step": step, **record, **clock.record()}
+
+    def _open_records(self, start: int) -> metrics.MetricsWriter | None:
+        """On process 0, what writes the records."""
+        writers: list[metrics.MetricsWriter] = []
+        multihost.by_first_process(
+            lambda: writers.append(metrics.MetricsWriter(self.workdir, start))
+        )
+        return writers[0] if writers else None
+
+    def _write(self, writer: metrics.MetricsWriter, record: metrics.Record) -> None:
+        """Writes a record; where several processes run, the others learn of a failure from the next step."""
+        if self.failure:
+            return
+        try:
+            self._check_folder()
+            writer.write(record)
+        except OSError as error:
+            self.failure = UserError(
+                f"the record of step {record['step']} could not be written to "
+                f"{self.workdir / metrics.METRICS_FILE}: {error.strerror}; make room or allow writing "
+                f"there and run the same command again to continue from step {self.last_good}."
+            )
+        except UserError as error:
+            self.failure = error
+        if self.failure and jax.process_count() == 1:
+            raise self.failure
+
+    def _check_folder(self) -> None:
+        """On process 0: raises UserError where the folder is no longer this run's."""
+        if self.failure:
+            raise self.failure
+        if self.lock:
+            self.lock.check()
 
     def _save(self, step: int, state: TrainState, step_metrics: dict[str, Any]) -> None:
         self._check_finite(step, step_metrics)
+        # In the step only where it may still be skipped.
+        if not self.are_finite((state.parameters, state.variables)):
+            self._not_finite(step, step_metrics)
+        multihost.by_first_process(self._check_folder)
         self.checkpoints.save(step, state)
         self.last_good = step
 
@@ -279,20 +413,76 @@ class _Loop:
             return
         self.checked = step
         if bool(step_metrics["finite"]):
-            return
-        if self.run.config.skip_nonfinite:
-            _LOG.warning("step %d: loss or gradient is not finite; its update is skipped", step)
-            return
-        record = metrics.training_record(
-            jax.device_get(step_metrics), self.run.config.model.moe_layers
-        )
-        shown = {name: value for name, value in record.items() if not isinstance(value, list)}
+            self.skipped_now = 0
+        else:
+            self._not_finite(step, step_metrics)
+
+    def _not_finite(self, step: int, step_metrics: dict[str, Any]) -> None:
+        """Counts a step that was skipped; raises DivergedError where it was not, or was one too many."""
+        config = self.run.config
+        what, cause = self._what_is_not_finite(step, step_metrics)
+        if config.skip_nonfinite:
+            self.skipped += 1
+            self.skipped_now += 1
+            _LOG.warning("step %d: %s is not finite; its update is skipped", step, what)
+            if self.skipped_now < config.skip_limit:
+                return
+            advice = f"skip_limit={config.skip_limit} updates in a row were skipped"
+        else:
+            advice = "or set skip_nonfinite=true to drop such updates"
         raise DivergedError(
-            f"step {step}: the loss or a gradient is not finite ({json.dumps(shown)}); the last "
-            f"good checkpoint is step {self.last_good} in {self.workdir / 'checkpoints'}; lower "
-            "optimizer.learning_rate, or set skip_nonfinite=true to drop such updates.",
+            f"step {step}: {what} is not finite, {cause}; the last good checkpoint is step "
+            f"{self.last_good} in {self.workdir / 'checkpoints'}; lower optimizer.learning_rate, "
+            f"{advice}{self._written_details(step, step_metrics)}.",
             step,
         )
+
+    def _what_is_not_finite(self, step: int, step_metrics: dict[str, Any]) -> tuple[str, str]:
+        """What broke first, and the likely cause."""
+        optimizer = self.run.config.optimizer
+        rate = f"optimizer.learning_rate={optimizer.learning_rate:g}"
+        if not math.isfinite(float(step_metrics["loss"])):
+            if step == 1:
+                return (
+                    "the loss",
+                    "before any update, so that the data or the model's settings cause it",
+                )
+            return "the loss", f"which a too large {rate} causes most often"
+        if not math.isfinite(float(step_metrics["gradient_norm"])):
+            remedy = "" if optimizer.clip_norm else " or optimizer.clip_norm=0"
+            return "the gradient", f"which a too large {rate}{remedy} causes most often"
+        return "a parameter", f"though loss and gradient are, which a too large {rate} causes"
+
+    def _written_details(self, step: int, step_metrics: dict[str, Any]) -> str:
+        """On process 0, all metrics of a step in a file, and the words that name it."""
+        if not _first_process():
+            return ""
+        moe_layers = self.run.config.model.moe_layers
+        record = metrics.training_record(jax.device_get(step_metrics), moe_layers)
+        path = self.workdir / f"not_finite_{step}.json"
+        try:
+            path.write_text(json.dumps({"step": step, **record}, indent=1) + "\n")
+        except OSError:  # What is said counts for more.
+            return ""
+        return f" (details: {path.name})"
+
+    def _say_if_gradients_vanish(self, step: int, record: metrics.Record) -> None:
+        vanished = record["train/gradient_norm"] == 0
+        self.zero_gradients = self.zero_gradients + 1 if vanished else 0
+        if self.zero_gradients == _ZERO_GRADIENTS or (vanished and step == self.run.config.steps):
+            _LOG.warning(
+                "step %d: the gradient is exactly 0, as in every record before it, so that nothing is "
+                "learned; numbers that are too large or too small for their dtype are the usual cause.",
+                step,
+            )
+
+    def _say_what_was_skipped(self) -> None:
+        if self.skipped:
+            _LOG.warning(
+                "%d of %d updates were skipped; the learning rate went by the others, and ended where "
+                "step %d has it.",
+                *(self.skipped, self.run.config.steps, self.run.config.steps - self.skipped),
+            )
 
 
 class _Clock:

@@ -1,22 +1,22 @@
 """Which matrices a parameter holds, by the names of its dimensions.
 
-A stacked parameter holds many: of every layer of a stage, of every expert, of queries, keys and
-values. An optimizer treats each of them as if it were alone.
+A stacked parameter holds many (`moe_jax.parallel.sharding.STACKING_AXES`). An optimizer treats each of
+them as if it were alone.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
 
-# Dimensions that count matrices.
-_STACKED = ("layers", "experts", "qkv")
+from moe_jax.parallel.sharding import STACKING_AXES
+
 # Neighbours that number one side of a matrix together.
 _ONE_SIDE = (("heads", "head"), ("kv_heads", "head"), ("gates", "units"))
 
 
 def own_dimensions(names: Sequence[str]) -> tuple[int, ...]:
     """Positions of the dimensions of each matrix or vector."""
-    return tuple(i for i, name in enumerate(names) if name not in _STACKED)
+    return tuple(i for i, name in enumerate(names) if name not in STACKING_AXES)
 
 
 def is_matrix(names: Sequence[str]) -> bool:

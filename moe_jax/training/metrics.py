@@ -1,9 +1,11 @@
 """Metrics of a run: one JSON object per logged step in metrics.jsonl, and TensorBoard events."""
 
 import json
+import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +14,10 @@ from etils import epath
 from moe_jax.layers.moe import MoEReport
 from moe_jax.training.storage import appender, event_writer
 
+_LOG = logging.getLogger(__name__)
+
 METRICS_FILE = "metrics.jsonl"
+DAMAGED_FILE = "metrics_damaged.txt"
 
 Record = dict[str, Any]
 
@@ -23,12 +28,18 @@ class MetricsWriter:
     def __init__(self, workdir: epath.PathLike, step: int) -> None:
         """Opens the files.
 
+        A line that is no record loses itself only: it is named, and kept in metrics_damaged.txt.
+
         Args:
           workdir: the run's folder.
           step: last step that is kept; records after it are removed.
         """
         path = epath.Path(workdir) / METRICS_FILE
-        kept = [record for record in read(workdir) if record["step"] <= step]
+        if step and not path.exists():
+            _LOG.warning("%s is gone, so that the run has no records up to step %d.", path, step)
+        lines = _lines(workdir)
+        _keep_damaged(epath.Path(workdir), lines, step)
+        kept = [line.record for line in lines if line.record and line.record["step"] <= step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         temporary.replace(path)
@@ -46,26 +57,89 @@ class MetricsWriter:
     def close(self) -> None:
         """Closes both files."""
         self._records.close()
-        self._events.close()
+        try:
+            self._events.close()
+        except OSError as error:  # Not to hide what stopped the run; the records have it all.
+            _LOG.warning("TensorBoard's events could not be written: %s", error.strerror)
 
 
 def _null_if_not_finite(value: Any) -> Any:
-    """JSON has no NaN; a skipped step may have one."""
+    """JSON has no NaN; a skipped step may have one, also in a list such as the experts' load."""
+    if isinstance(value, list):
+        return [_null_if_not_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(workdir: epath.PathLike) -> list[Record]:
-    """The records of a run in order of steps; a last line cut short by a kill is left out."""
+    """The records of a run in order of steps; lines that are none are left out."""
+    return [line.record for line in _lines(workdir) if line.record]
+
+
+class _Line(NamedTuple):
+    """A line of metrics.jsonl.
+
+    Attributes:
+      number: from 1.
+      content: without its end.
+      record: None if the line is none.
+      whole: False for the last one where its end is missing.
+    """
+
+    number: int
+    content: bytes
+    record: Record | None
+    whole: bool
+
+
+def _lines(workdir: epath.PathLike) -> list[_Line]:
     path = epath.Path(workdir) / METRICS_FILE
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    contents = path.read_bytes().split(b"\n")
+    return [
+        _Line(number, content, _record(content), number < len(contents))
+        for number, content in enumerate(contents, 1)
+        if content.strip()
+    ]
+
+
+def _record(line: bytes) -> Record | None:
+    """What a line says; None if that is no record of a step."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # No JSON, or no UTF-8.
+        return None
+    is_record = isinstance(record, dict) and type(record.get("step")) is int
+    return record if is_record else None
+
+
+def _keep_damaged(workdir: epath.Path, lines: Sequence[_Line], step: int) -> None:
+    """Says which lines are no records, and copies them to where the next start leaves them alone."""
+    damaged = [line for line in lines if not line.record and not _cut_by_a_kill(line, step)]
+    if not damaged:
+        return
+    notes = []
+    for line in damaged:
+        before = max((r["step"] for n, _, r, _ in lines if r and n < line.number), default=0)
+        after = min((r["step"] for n, _, r, _ in lines if r and n > line.number), default=None)
+        gap = f"after step {before}" + ("" if after is None else f" and before step {after}")
+        _LOG.warning(
+            "%s: line %d, %s, is damaged and no record; it is kept in %s.",
+            *(workdir / METRICS_FILE, line.number, gap, DAMAGED_FILE),
+        )
+        notes.append(
+            f"line {line.number}, {gap}: {line.content.decode(errors='backslashreplace')}\n"
+        )
+    path = workdir / DAMAGED_FILE
+    known = path.read_text() if path.exists() else ""
+    # A start that was killed before it wrote metrics.jsonl has kept them already.
+    path.write_text(known + "".join(note for note in notes if note not in known))
+
+
+def _cut_by_a_kill(line: _Line, step: int) -> bool:
+    """Whether a line is the beginning of a record that the run is about to repeat."""
+    begins = re.match(rb'\{"step": (\d+),', line.content)
+    return not line.whole and (begins is None or int(begins[1]) > step)
 
 
 def training_record(metrics: Mapping[str, Any], moe_layers: Sequence[int | str]) -> Record:

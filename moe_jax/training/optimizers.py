@@ -191,6 +191,19 @@ class SGD(Optimizer):
         return optax.trace(self.momentum) if self.momentum else optax.identity()
 
 
+def updates_done(state: optax.OptState) -> int | None:
+    """How many updates an optimizer's state has seen, by which its learning rate goes.
+
+    None if it is of an optimizer with another rate than `Optimizer.build` gives.
+    """
+
+    def counts(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    found = [node for node in jax.tree.leaves(state, is_leaf=counts) if counts(node)]
+    return int(found[0].count) if found else None
+
+
 def is_decayed(names: tuple[str, ...], decayed: Decayed) -> bool:
     """Whether weight decay shrinks a parameter with these dimension names."""
     if decayed == Decayed.ALL:

@@ -13,14 +13,32 @@ import jax
 _PACKAGES = ("moe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
+# What JAX computes depends on these: other draws, other dtypes, other products.
+_JAX_SETTINGS = (
+    "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable",
+    "jax_default_matmul_precision", "jax_numpy_dtype_promotion",
+)  # fmt: skip
+# The last bits depend on these, but they belong to a machine, and a run may move to another one.
+_FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_FLAGS_OF_NO_NUMBER = ("--xla_force_host_platform_device_count", "--xla_dump")
+
+
+def numerics() -> dict[str, Any]:
+    """The settings of JAX and flags of XLA that change what a config computes."""
+    words = [word for name in _FLAG_VARIABLES for word in os.environ.get(name, "").split()]
+    flags = sorted({word for word in words if not word.startswith(_FLAGS_OF_NO_NUMBER)})
+    return {**{name: getattr(jax.config, name, None) for name in _JAX_SETTINGS}, "flags": flags}
+
+
 def record() -> dict[str, Any]:
-    """Package versions, the checkout's commit (None outside git), and the devices."""
+    """Package versions, the checkout's commit (None outside git), numerical settings, the devices."""
     return {
         "versions": {
             "python": sys.version.split()[0],
             **{name: metadata.version(name) for name in _PACKAGES},
         },
         "commit": commit(),
+        "numerics": numerics(),
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),

@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from moe_jax.training.stages import CheckpointStage
+from moe_jax.training.stages import UNFINISHED, CheckpointStage
 
 
 class StagedHandler(ocp.StandardCheckpointHandler):
@@ -20,6 +20,7 @@ class StagedHandler(ocp.StandardCheckpointHandler):
     def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
         """Writes the arrays of this process into the temporary `directory`."""
         if jax.process_index() == 0:
+            (directory / UNFINISHED).write_text("{}")
             self._on_stage(CheckpointStage.WRITING)
         super().save(directory, *args, **kwargs)
 

@@ -2,6 +2,9 @@
 
 import enum
 
+UNFINISHED = "unfinished.json"
+"""Lies in the folder of a save from its first file until its manifest is written."""
+
 
 class CheckpointStage(enum.StrEnum):
     """How far a save has come; an interruption is harmless at each of them."""

@@ -4,6 +4,7 @@ Objects cannot grow. A file that does is there written whole whenever it shall b
 megabytes of a run's records, and never for arrays, which Orbax writes.
 """
 
+import errno
 import io
 import os
 from typing import Any, Protocol
@@ -39,7 +40,11 @@ class Appender(Protocol):
     """A file that grows."""
 
     def append(self, text: str) -> None:
-        """Adds to the end; stored when it returns."""
+        """Adds to the end; stored when it returns.
+
+        Raises:
+          OSError: the file is gone, or cannot be written.
+        """
 
     def close(self) -> None:
         """No `append` after it."""
@@ -52,9 +57,13 @@ def appender(path: epath.PathLike) -> Appender:
 
 class _LocalAppender:
     def __init__(self, path: epath.PathLike) -> None:
-        self._file = open(os.fspath(path), "a")  # noqa: SIM115 - open as long as the run is.
+        self._path = os.fspath(path)
+        self._file = open(self._path, "a")  # noqa: SIM115 - open as long as the run is.
 
     def append(self, text: str) -> None:
+        # What is written to a file that was removed is lost without an error.
+        if os.stat(self._path).st_ino != os.fstat(self._file.fileno()).st_ino:
+            raise FileNotFoundError(errno.ENOENT, "it was replaced by another file", self._path)
         self._file.write(text)
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -49,6 +49,58 @@ def tiny_images(tmp_path_factory) -> pathlib.Path:
     return pathlib.Path(builder.data_path)
 
 
+class Labels(tfds.core.GeneratorBasedBuilder):
+    """Splits of images whose labels are wrong in one way each."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None
+
+    _info = TinyImages._info
+
+    def _split_generators(self, dl_manager):
+        splits = {"train": [0, 1, 0], "hidden": [-1, -1, -1], "partly": [0, -1, 1]}
+        splits |= {"above": [0, 2, 1], "constant": [1, 1, 1]}
+        return {split: self._generate_examples(labels) for split, labels in splits.items()}
+
+    def _generate_examples(self, labels):
+        for n, label in enumerate(labels):
+            yield n, {"image": np.ones((SIDE, SIDE, 1), np.uint8), "label": label, "name": str(n)}
+
+
+@pytest.fixture(scope="module")
+def bad_labels(tmp_path_factory) -> pathlib.Path:
+    with pytest.MonkeyPatch.context() as patch:  # TFDS itself writes no label above.
+        patch.setattr(tfds.features.ClassLabel, "encode_example", lambda self, label: label)
+        builder = Labels(
+            data_dir=str(tmp_path_factory.mktemp("labels")), file_format="array_record"
+        )
+        builder.download_and_prepare()
+    return pathlib.Path(builder.data_path)
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("hidden", "has 3 of 3 labels outside 0 to 1 (the first is -1, -1 for unlabelled)"),
+        ("partly", "has 1 of 3 labels outside 0 to 1 (the first is -1, -1 for unlabelled)"),
+        ("above", "has 1 of 3 labels outside 0 to 1 (the first is 2)"),
+        ("constant", "has 3 images, all of the class 1, by which nothing is learned or measured"),
+    ],
+)
+@pytest.mark.parametrize("by_class", [False, True])
+def test_labels_by_which_nothing_can_be_measured_are_counted_and_refused(
+    bad_labels, split, words, by_class
+):
+    data = config(bad_labels, domains_are_classes=by_class)
+    with pytest.raises(UserError) as held_out:
+        data.open(seed=0).held_out_batches(split, 1)
+    data.train_split = split
+    with pytest.raises(UserError) as training:
+        data.open(seed=0)
+    for error in (held_out, training):
+        assert words in str(error.value) and f"split={split!r}" in str(error.value)
+
+
 def config(directory, **fields) -> ImageData:
     sizes = {"image_size": SIDE, "num_classes": 2, "batch_size": 4}
     return ImageData(dataset=str(directory), **(sizes | fields))

@@ -34,7 +34,8 @@ def srun(command: list[str]) -> int:
             task.send_signal(number)
 
     signal.signal(signal.SIGTERM, pass_on)
-    return max(abs(task.wait()) for task in tasks)
+    statuses = [task.wait() for task in tasks]
+    return max(128 - status if status < 0 else status for status in statuses)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ _PYTHON = """#!/usr/bin/env bash
 # Stands for Python: prints flags, or trains until SIGTERM or until it ends with $STATUS.
 if [ "$1" = -m ]; then echo "--flag_of=$3"; exit; fi
 echo "$LIBTPU_INIT_ARGS$XLA_FLAGS|$*"
-trap 'trap "" TERM; echo saving; sleep 0.5; echo saved; exit 0' TERM
+trap 'trap "" TERM; echo saving; sleep 0.5; echo saved; exit 143' TERM
 [ -n "$STATUS" ] && exit "$STATUS"
 echo ready
 while true; do sleep 0.05; done
@@ -132,8 +132,8 @@ def test_a_slurm_job_trains_with_the_flags_of_its_machine(start, tmp_path):
     assert process.returncode == 0 and not (tmp_path / "requeued").exists()
 
 
-@pytest.mark.parametrize(("command", "status"), [(ON_HOST, 143), (SLURM, 0)], ids=["host", "slurm"])
-def test_a_signal_is_passed_on_and_the_checkpoint_is_waited_for(start, tmp_path, command, status):
+@pytest.mark.parametrize("command", [ON_HOST, SLURM], ids=["host", "slurm"])
+def test_a_signal_is_passed_on_and_the_checkpoint_is_waited_for(start, tmp_path, command):
     process = start(command)
     while "ready" not in process.stdout.readline():
         assert process.poll() is None
@@ -141,7 +141,7 @@ def test_a_signal_is_passed_on_and_the_checkpoint_is_waited_for(start, tmp_path,
     assert process.stdout.readline() == "saving\n"
     process.send_signal(signal.SIGTERM)  # Slurm and Kubernetes may send it again.
     out, _ = process.communicate(timeout=60)
-    assert out == "saved\n" and process.returncode == status
+    assert out == "saved\n" and process.returncode == 143
     assert (tmp_path / "requeued").exists() == (command == SLURM)
 
 
@@ -157,8 +157,8 @@ def test_a_slurm_job_that_was_stopped_too_often_does_not_look_done(start, tmp_pa
 
 @pytest.mark.parametrize(
     ("status", "starts", "requeued"),
-    [(134, "0", True), (134, "50", False), (2, "0", False), (0, "0", False)],
-    ids=["a task died", "too often", "user error", "done"],
+    [(134, "0", True), (134, "50", False), (143, "0", True), (2, "0", False), (0, "0", False)],
+    ids=["a task died", "too often", "preempted", "user error", "done"],
 )
 def test_a_slurm_job_is_repeated_where_that_may_help(start, tmp_path, status, starts, requeued):
     process = start(SLURM, status=status, SLURM_RESTART_COUNT=starts)
@@ -167,7 +167,7 @@ def test_a_slurm_job_is_repeated_where_that_may_help(start, tmp_path, status, st
     assert (tmp_path / "requeued").exists() == requeued
 
 
-@pytest.mark.parametrize("status", [0, 2, 134])
+@pytest.mark.parametrize("status", [0, 2, 134, 143])
 def test_a_host_ends_with_the_status_of_the_trainer(start, status):
     process = start(ON_HOST, status=status)
     process.communicate(timeout=60)
@@ -191,8 +191,8 @@ esac
 
 @pytest.mark.parametrize(
     ("statuses", "status", "trained"),
-    [([1, 0, 134, 0, 0], 0, 2), ([0, 2], 2, 1)],
-    ids=["refused and died, then done", "user error"],
+    [([1, 0, 134, 0, 0], 0, 2), ([0, 2], 2, 1), ([0, 143, 0, 143], 143, 2)],
+    ids=["refused and died, then done", "user error", "too often"],
 )
 def test_a_tpu_slice_is_asked_again_where_that_may_help(start, tmp_path, statuses, status, trained):
     for name in ("gcloud", "sleep"):
@@ -204,6 +204,7 @@ def test_a_tpu_slice_is_asked_again_where_that_may_help(start, tmp_path, statuse
         REPOSITORY="https://example.org/a.git",
         COMMIT="c",
         MACHINE="tpu-v5e-8",
+        ATTEMPTS="2" if status == 143 else "20",
     )
     process.communicate(timeout=60)
     assert process.returncode == status
@@ -267,7 +268,7 @@ def test_a_signal_puts_the_job_back_into_the_queue_and_it_ends_with_more_process
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
     _, errors = first.communicate(timeout=120)
-    assert first.returncode == 0, errors
+    assert first.returncode == 143, errors
     stopped = re.search(r"stopped at step (\d+) of 12 and saved", errors)
     assert stopped, errors
     assert (tmp_path / "requeued").read_text().startswith("requeue ")

@@ -122,7 +122,7 @@ def _fail() -> int:
 
 
 _PROGRAM = """
-    import logging, sys
+    import logging, socket, sys
     import jax
     from moe_jax.errors import UserError
     from moe_jax.parallel import multihost
@@ -130,6 +130,8 @@ _PROGRAM = """
     index = int(sys.argv[2])
     multihost.join(coordinator=sys.argv[1], process_count=2, process_id=index)
     assert jax.process_index() == index and jax.process_count() == 2
+    with socket.socket() as probe:  # The service listens where it was told to, and not everywhere.
+        assert probe.connect_ex(("127.0.0.2", int(sys.argv[1].rpartition(":")[2])))
 
     def fail():
         raise OSError("disk full")

@@ -24,7 +24,7 @@ def main() -> None:
         return rows(self, index, first, last)
 
     TextPipeline.rows = rows_after_signal
-    multihost.PATIENCE_SECONDS = 15
+    multihost.PATIENCE_SECONDS = int(os.environ.get("PATIENCE_SECONDS", "15"))
     command_line.run(train.main)
 
 

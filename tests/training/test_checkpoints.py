@@ -117,6 +117,8 @@ def test_relative_directory(tmp_path, monkeypatch):
 
 def test_manifest_lists_every_file(two_saved, tmp_path):
     manifest = json.loads((tmp_path / "40" / "manifest.json").read_text())
+    assert manifest["step"] == 40
+    manifest = manifest["files"]
     files = {str(p.relative_to(tmp_path / "40")): p for p in _payload(tmp_path / "40")}
     assert manifest.keys() == files.keys()
     assert all(manifest[name]["size"] == path.stat().st_size for name, path in files.items())
@@ -194,13 +196,132 @@ def test_extra_file_is_damage(two_saved, tmp_path, warnings):
     assert "file d/stray does not belong to it" in warnings[0]
 
 
-def test_missing_manifest_means_unfinished(two_saved, tmp_path, warnings):
+@pytest.mark.parametrize(
+    ("marked", "why"),
+    [
+        (True, "its save was interrupted and left no manifest.json"),
+        (False, "its manifest.json is gone"),
+    ],
+)
+def test_without_a_manifest_a_checkpoint_is_not_used(two_saved, tmp_path, warnings, marked, why):
     (tmp_path / "40" / "manifest.json").unlink()
+    if marked:
+        (tmp_path / "40" / "unfinished.json").touch()
     assert two_saved.steps() == [20]
     assert two_saved.newest_good() == 20
     assert warnings == [
-        f"Checkpoint step 40 in {tmp_path} is not used: its save was interrupted and left no"
-        " manifest.json; used instead: step 20."
+        f"Checkpoint step 40 in {tmp_path} is not used: {why}; used instead: step 20."
+    ]
+
+
+def test_without_any_manifest_the_run_does_not_begin_anew(two_saved, tmp_path):
+    for step in (20, 40):
+        (tmp_path / str(step) / "manifest.json").unlink()
+    with pytest.raises(UserError) as error:
+        two_saved.newest_good()
+    assert "lost their manifest.json (step 20, 40)" in str(error.value)
+
+
+def test_a_checkpoint_without_manifest_is_put_aside_and_not_removed(two_saved, tmp_path):
+    (tmp_path / "40" / "manifest.json").unlink()
+    before = {p.relative_to(tmp_path / "40"): p.read_bytes() for p in _payload(tmp_path / "40")}
+    two_saved.save(40, _state(41))
+    _assert_same_bits(two_saved.restore(40, _abstract(_state())), _state(41))
+    kept = tmp_path / "kept1-40"
+    assert {p.relative_to(kept): p.read_bytes() for p in _payload(kept)} == before
+
+
+def test_a_renamed_checkpoint_is_noticed(two_saved, tmp_path, warnings):
+    (tmp_path / "40").rename(tmp_path / "60")
+    assert two_saved.newest_good() == 20
+    assert "step 60" in warnings[0] and "saved as step 40 and renamed" in warnings[0]
+    with pytest.raises(UserError, match=r"step 60 .* is damaged.*saved as step 40"):
+        two_saved.restore(60, _abstract(_state()))
+
+
+def test_a_manifest_of_version_0_1_is_read(two_saved, tmp_path):
+    path = tmp_path / "40" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text())["files"]))
+    assert two_saved.newest_good() == 40
+    assert two_saved.about(40) == {}
+
+
+def test_a_manifest_says_of_which_run_it_is(tmp_path):
+    Checkpoints(tmp_path, about={"config": {"steps": 3}}).save(1, _state())
+    assert Checkpoints(tmp_path).about(1) == {"config": {"steps": 3}}
+
+
+# Other people's files.
+
+
+def _contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _save_and_retire_all(tmp_path) -> Checkpoints:
+    """Makes every step from 56 to 59, keeping one."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in range(56, 60):
+        checkpoints.save(step, _state(step))
+    return checkpoints
+
+
+@pytest.mark.parametrize("name", ["2024", "57", "057", "\u0665\u0667", "58.orbax-checkpoint-tmp"])
+def test_a_folder_of_notes_is_not_removed_whatever_its_name(tmp_path, name):
+    for place in (name, f"{name}/d", f"{name}/ocdbt.process_0/d"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "notes.txt").write_text("mine")
+    checkpoints = _save_and_retire_all(tmp_path)
+    assert checkpoints.steps() == [59]
+    notes = [path for path in tmp_path.rglob("notes.txt") if path.read_text() == "mine"]
+    assert len(notes) == 3
+
+
+@pytest.mark.parametrize("step", [20, 57])
+def test_nothing_is_removed_through_a_link(tmp_path, step):
+    archive = tmp_path / "archive"
+    Checkpoints(archive).save(step, _state(step))
+    before = _contents(archive)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / str(step)).symlink_to(archive / str(step))
+    if step == 57:
+        _flip(_payload(archive / "57")[0])  # A good one would be left as it is.
+        before = _contents(archive)
+    _save_and_retire_all(run)
+    assert _contents(archive) == before
+
+
+def test_links_inside_a_checkpoint_are_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "manifest.ocdbt").write_text("not the run's")
+    run = tmp_path / "run"
+    checkpoints = Checkpoints(run, keep=1)
+    checkpoints.save(1, _state(1))
+    (run / "1" / "ocdbt.process_7").symlink_to(outside)
+    checkpoints.save(2, _state(2))
+    assert (outside / "manifest.ocdbt").read_text() == "not the run's"
+    assert os.listdir(run / "1") == ["ocdbt.process_7"] and checkpoints.steps() == [2]
+
+
+def test_what_is_in_the_way_is_put_aside(tmp_path):
+    (tmp_path / "56").write_text("a file")
+    (tmp_path / "57").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "58").mkdir()
+    (tmp_path / "kept1-58").mkdir()
+    assert _save_and_retire_all(tmp_path).steps() == [59]
+    assert (tmp_path / "kept1-56").read_text() == "a file"
+    assert (tmp_path / "kept1-57").is_symlink() and (tmp_path / "kept2-58").is_dir()
+
+
+def test_what_somebody_put_into_a_checkpoint_outlives_it(two_saved, tmp_path, warnings):
+    (tmp_path / "20" / "notes.txt").write_text("mine")
+    for step in (60, 80):
+        two_saved.save(step, _state(step))
+    assert os.listdir(tmp_path / "20") == ["notes.txt"]
+    assert warnings == [
+        f"Checkpoint folder {tmp_path / '20'} keeps notes.txt, which the run did not write."
     ]
 
 

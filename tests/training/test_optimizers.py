@@ -8,7 +8,17 @@ from jax.sharding import PartitionSpec
 from moe_jax.errors import UserError
 from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
-from moe_jax.training.optimizers import SGD, Adafactor, AdamW, Decayed, Schedule, is_decayed
+from moe_jax.parallel.sharding import MESH_AXES, STACKING_AXES
+from moe_jax.training.matrices import is_matrix
+from moe_jax.training.optimizers import (
+    SGD,
+    Adafactor,
+    AdamW,
+    Decayed,
+    Schedule,
+    is_decayed,
+    updates_done,
+)
 from moe_jax.training.state import state_shardings
 
 STACKED = {
@@ -106,6 +116,47 @@ def test_only_matrices_decay():
     assert is_decayed(("vocabulary", "embed"), Decayed.MATRICES_AND_TABLES)
     assert not is_decayed(("layers", "norm"), Decayed.MATRICES_AND_TABLES)
     assert is_decayed(("layers", "norm"), Decayed.ALL)
+
+
+# To whoever adds a name: is there a matrix for each index along it?
+_OWN_AXES = (
+    "embed latent vocabulary heads head kv_heads positions mlp expert_embed patch channels classes gates "
+    "units features router norm batch length width"
+)
+
+
+@pytest.mark.parametrize("name", MESH_AXES)
+def test_every_name_of_a_dimension_is_of_a_matrix_or_counts_matrices(name):
+    assert (name in STACKING_AXES) != (name in _OWN_AXES.split())
+    assert is_matrix((name, "embed", "mlp"))
+    assert is_matrix((name, "mlp")) == (name not in STACKING_AXES)
+    assert is_decayed(("experts", name, "mlp"), Decayed.MATRICES_AND_TABLES) == (
+        name not in STACKING_AXES
+    )
+
+
+def test_networks_within_an_expert_do_not_change_each_others_updates():
+    """BASE's experts are stacks of ten networks."""
+    axes = {"w": ("experts", "sublayers", "expert_embed", "mlp")}
+    parameters = random_tree(0, {"w": (2, 3, 4, 5)})
+    optimizer = Adafactor(min_size_to_factor=2).build(10, axes)
+    gradients = random_tree(1, {"w": (2, 3, 4, 5)})
+    larger = {"w": gradients["w"].at[:, 1].multiply(100.0)}
+    update, other = (
+        optimizer.update(g, optimizer.init(parameters), parameters)[0]["w"]
+        for g in (gradients, larger)
+    )
+    np.testing.assert_array_equal(update[:, [0, 2]], other[:, [0, 2]])
+
+
+def test_the_updates_that_an_optimizer_has_seen():
+    parameters = {"w": jnp.ones((2, 2))}
+    optimizer = AdamW().build(10, {"w": ("embed", "mlp")})
+    state = optimizer.init(parameters)
+    assert updates_done(state) == 0
+    _, state = optimizer.update(parameters, state, parameters)
+    assert updates_done(state) == 1
+    assert updates_done(optax.sgd(0.1).init(parameters)) is None
 
 
 def test_first_update_by_hand():

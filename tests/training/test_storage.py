@@ -71,7 +71,7 @@ def test_a_manifest_in_the_bucket_finds_damage(bucket):
     for name in ("_METADATA", "d/0a1b", "ocdbt.process_0/d/2c3d"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"twelve bytes")
-    checkpoints._write_manifest(folder)
+    checkpoints._write_manifest(folder, {})
     assert checkpoints._damage(folder) is None
     (folder / "ocdbt.process_0/d/2c3d").write_bytes(b"twelve bytez")
     assert checkpoints._damage(folder) == (

@@ -130,12 +130,30 @@ def test_nonfinite_loss_stops_and_names_the_last_good_checkpoint(alone, tmp_path
     # The same run, but its parameters are broken after the checkpoint of step 20.
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(UserError, match=r"step 21: .*router/1/entropy.*checkpoint is step 20 in"),
+        pytest.raises(loop.DivergedError) as error,
     ):
         restore = Run.restore
         patch.setattr(Run, "restore", lambda *a: _with_nan(restore(*a)))
+        patch.setattr(loop, "_restored", lambda run, *a: run.restore(*a))
         loop.train(config, tmp_path / "run")
     assert Checkpoints(tmp_path / "run" / "checkpoints").newest_good() == 20
+    message = str(error.value)
+    assert message.startswith("step 21: the loss is not finite, which a too large optimizer.learn")
+    assert "checkpoint is step 20 in" in message and len(message) < 500
+    details = json.loads((tmp_path / "run" / "not_finite_21.json").read_text())
+    assert "router/1/entropy" in details
+
+
+def test_a_checkpoint_with_broken_parameters_is_refused(alone, tmp_path):
+    """As versions before 0.2 could write one."""
+    config, workdir, _ = copy.deepcopy(alone)
+    config.steps = 22
+    shutil.copytree(workdir, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
+        restore = Run.restore
+        patch.setattr(Run, "restore", lambda *a: _with_nan(restore(*a)))
+        loop.train(config, tmp_path / "run")
+    assert "checkpoint step 20 of this run holds parameters that are not finite" in str(error.value)
 
 
 def _with_nan(state):
@@ -190,8 +208,15 @@ def test_a_resumed_run_skips_the_same_step_and_ends_with_the_same_expert_bias(
         loop.train(config, tmp_path / "parts")
     assert records[-1]["step"] == 4 and np.isfinite(records[-1]["eval/loss"])
     assert [r.message for r in caplog.records if "skipped" in r.message] == [
-        "step 3: loss or gradient is not finite; its update is skipped"
+        "step 3: the loss is not finite; its update is skipped",
+        "1 of 4 updates were skipped; the learning rate went by the others, and ended where step 3 has "
+        "it.",
     ] * 2
+    rates = [record["train/learning_rate"] for record in records]
+    schedule = config.optimizer.learning_rate_at(config.steps)
+    assert rates == pytest.approx(
+        [float(schedule(done)) for done in (1, 2)]
+    )  # After steps 2 and 4.
     whole, parts = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
     (bias,) = jax.tree.leaves(whole.variables)
     # Three steps of +-0.01, or of 0 at exactly the mean load; a fourth would make it even.
