@@ -183,6 +183,8 @@ def _step_to_start_from(
             "continued; bring the file back or use a new --workdir."
         )
     step = checkpoints.newest_good() or 0
+    if begun and not step:
+        _check_that_none_was_lost(workdir)
     if step > config.steps:
         raise UserError(
             f"steps is {config.steps}, but the run in {workdir} has done {step} already; ask "
@@ -191,6 +193,18 @@ def _step_to_start_from(
     if begun and step:
         experiment.say_change_of_rate(workdir, config, step)
     return step
+
+
+def _check_that_none_was_lost(workdir: epath.Path) -> None:
+    """Raises UserError where there is no checkpoint, but records that only a run with one could have."""
+    every = experiment.load(workdir).checkpoint.every
+    last = max((record["step"] for record in metrics.read(workdir)), default=0)
+    if last > every:
+        raise UserError(
+            f"workdir {workdir} has records up to step {last}, but no checkpoint, though every {every} "
+            "steps one was made; bring the folder checkpoints back, or use a new --workdir to start from "
+            "the beginning."
+        )
 
 
 def _restored(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
@@ -278,6 +292,7 @@ class _Loop:
         self.skipped = 0
         self.skipped_now = 0
         self.zero_gradients = 0
+        self.postponed = False
 
     def go(self, state: TrainState, start: int, profiled: range) -> None:
         """Steps `start` + 1 to the last one; see `train` for `profiled`."""
@@ -322,7 +337,7 @@ class _Loop:
                             self._write(writer, record)
                             _show(bar, record)
                         clock.restart()
-                    if step % config.checkpoint.every == 0 or step == config.steps:
+                    if self._checkpoint_due(step, step_metrics):
                         self._save(step, state, step_metrics)
                         clock.restart()
                     bar.update()
@@ -355,6 +370,21 @@ class _Loop:
         config = self.run.config
         every = config.evaluation.every
         return step == config.steps or (every > 0 and step % every == 0)
+
+    def _checkpoint_due(self, step: int, step_metrics: dict[str, Any]) -> bool:
+        """Every so many steps, but after an update that was done.
+
+        One that was skipped may be the first of many: it shows that the parameters may be of no use, and
+        they should not replace those of a good checkpoint.
+        """
+        config = self.run.config
+        if step == config.steps:
+            return True
+        if not self.postponed and step % config.checkpoint.every:
+            return False
+        self._check_finite(step, step_metrics)
+        self.postponed = self.skipped_now > 0
+        return not self.postponed
 
     def _record(self, step: int, step_metrics: dict[str, Any], clock: "_Clock") -> metrics.Record:
         config = self.run.config
