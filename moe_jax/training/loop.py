@@ -197,9 +197,12 @@ def _step_to_start_from(
 
 def _check_that_none_was_lost(workdir: epath.Path) -> None:
     """Raises UserError where there is no checkpoint, but records that only a run with one could have."""
-    every = experiment.load(workdir).checkpoint.every
+    config = experiment.load(workdir)
+    every = config.checkpoint.every
+    # Where updates are skipped a checkpoint waits.
+    latest = every + (config.skip_limit if config.skip_nonfinite else 0)
     last = max((record["step"] for record in metrics.read(workdir)), default=0)
-    if last > every:
+    if last > latest:
         raise UserError(
             f"workdir {workdir} has records up to step {last}, but no checkpoint, though every {every} "
             "steps one was made; bring the folder checkpoints back, or use a new --workdir to start from "
@@ -433,7 +436,7 @@ class _Loop:
         self._check_finite(step, step_metrics)
         # In the step only where it may still be skipped.
         if not self.are_finite((state.parameters, state.variables)):
-            self._not_finite(step, step_metrics)
+            raise self._diverged(step, step_metrics)
         multihost.by_first_process(self._check_folder)
         self.checkpoints.save(step, state)
         self.last_good = step
@@ -444,25 +447,27 @@ class _Loop:
         self.checked = step
         if bool(step_metrics["finite"]):
             self.skipped_now = 0
-        else:
-            self._not_finite(step, step_metrics)
+            return
+        if not self.run.config.skip_nonfinite:
+            raise self._diverged(step, step_metrics)
+        self.skipped += 1
+        self.skipped_now += 1
+        what, _ = self._what_is_not_finite(step, step_metrics)
+        _LOG.warning("step %d: %s is not finite; its update is skipped", step, what)
+        if self.skipped_now == self.run.config.skip_limit:
+            raise self._diverged(step, step_metrics)
 
-    def _not_finite(self, step: int, step_metrics: dict[str, Any]) -> None:
-        """Counts a step that was skipped; raises DivergedError where it was not, or was one too many."""
+    def _diverged(self, step: int, step_metrics: dict[str, Any]) -> DivergedError:
+        """Says what is not finite and why, and writes all metrics of the step to a file."""
         config = self.run.config
         what, cause = self._what_is_not_finite(step, step_metrics)
+        advice = ", or set skip_nonfinite=true to drop such updates"
         if config.skip_nonfinite:
-            self.skipped += 1
-            self.skipped_now += 1
-            _LOG.warning("step %d: %s is not finite; its update is skipped", step, what)
-            if self.skipped_now < config.skip_limit:
-                return
-            advice = f"skip_limit={config.skip_limit} updates in a row were skipped"
-        else:
-            advice = "or set skip_nonfinite=true to drop such updates"
-        raise DivergedError(
+            what = f"after skip_limit={config.skip_limit} skipped updates in a row {what}"
+            advice = ""
+        return DivergedError(
             f"step {step}: {what} is not finite, {cause}; the last good checkpoint is step "
-            f"{self.last_good} in {self.workdir / 'checkpoints'}; lower optimizer.learning_rate, "
+            f"{self.last_good} in {self.workdir / 'checkpoints'}; lower optimizer.learning_rate"
             f"{advice}{self._written_details(step, step_metrics)}.",
             step,
         )
@@ -497,13 +502,15 @@ class _Loop:
         return f" (details: {path.name})"
 
     def _say_if_gradients_vanish(self, step: int, record: metrics.Record) -> None:
-        vanished = record["train/gradient_norm"] == 0
-        self.zero_gradients = self.zero_gradients + 1 if vanished else 0
-        if self.zero_gradients == _ZERO_GRADIENTS or (vanished and step == self.run.config.steps):
+        if record["train/gradient_norm"]:
+            self.zero_gradients = 0
+            return
+        self.zero_gradients += 1
+        if self.zero_gradients == _ZERO_GRADIENTS or step == self.run.config.steps:
             _LOG.warning(
-                "step %d: the gradient is exactly 0, as in every record before it, so that nothing is "
+                "step %d: the gradient is exactly 0, for the %d. record in a row, so that nothing is "
                 "learned; numbers that are too large or too small for their dtype are the usual cause.",
-                step,
+                *(step, self.zero_gradients),
             )
 
     def _say_what_was_skipped(self) -> None:
