@@ -29,9 +29,9 @@ _KEY = "moe_jax/ended"
 _LOOK_SECONDS = 1.0
 # The service ends with process 0, and the computation with whoever ends first.
 _LINGER_SECONDS = 2.5 * _LOOK_SECONDS
-# What JAX says of a computation with a process that is gone.
+# What JAX says of a computation with a process that is gone; object stores lose connections, too.
 _OF_LOST_PROCESS = re.compile(
-    r"[A-Z_]+: .*(gloo|nccl|socket closed|connection (reset|closed)|heartbeat|coordination_?service)",
+    r"(?!.*://)[A-Z_]+: .*(gloo|nccl|socket closed|connection (reset|closed)|heartbeat|coordination_?service)",
     re.IGNORECASE | re.DOTALL,
 )
 

@@ -183,6 +183,8 @@ def _step_to_start_from(
             "continued; bring the file back or use a new --workdir."
         )
     step = checkpoints.newest_good() or 0
+    if begun and not step:
+        _check_that_none_was_lost(workdir)
     if step > config.steps:
         raise UserError(
             f"steps is {config.steps}, but the run in {workdir} has done {step} already; ask "
@@ -191,6 +193,21 @@ def _step_to_start_from(
     if begun and step:
         experiment.say_change_of_rate(workdir, config, step)
     return step
+
+
+def _check_that_none_was_lost(workdir: epath.Path) -> None:
+    """Raises UserError where there is no checkpoint, but records that only a run with one could have."""
+    config = experiment.load(workdir)
+    every = config.checkpoint.every
+    # Where updates are skipped a checkpoint waits.
+    latest = every + (config.skip_limit if config.skip_nonfinite else 0)
+    last = max((record["step"] for record in metrics.read(workdir)), default=0)
+    if last > latest:
+        raise UserError(
+            f"workdir {workdir} has records up to step {last}, but no checkpoint, though every {every} "
+            "steps one was made; bring the folder checkpoints back, or use a new --workdir to start from "
+            "the beginning."
+        )
 
 
 def _restored(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
@@ -278,6 +295,7 @@ class _Loop:
         self.skipped = 0
         self.skipped_now = 0
         self.zero_gradients = 0
+        self.postponed = False
 
     def go(self, state: TrainState, start: int, profiled: range) -> None:
         """Steps `start` + 1 to the last one; see `train` for `profiled`."""
@@ -322,7 +340,7 @@ class _Loop:
                             self._write(writer, record)
                             _show(bar, record)
                         clock.restart()
-                    if step % config.checkpoint.every == 0 or step == config.steps:
+                    if self._checkpoint_due(step, step_metrics):
                         self._save(step, state, step_metrics)
                         clock.restart()
                     bar.update()
@@ -355,6 +373,21 @@ class _Loop:
         config = self.run.config
         every = config.evaluation.every
         return step == config.steps or (every > 0 and step % every == 0)
+
+    def _checkpoint_due(self, step: int, step_metrics: dict[str, Any]) -> bool:
+        """Every so many steps, but after an update that was done.
+
+        One that was skipped may be the first of many: it shows that the parameters may be of no use, and
+        they should not replace those of a good checkpoint.
+        """
+        config = self.run.config
+        if step == config.steps:
+            return True
+        if not self.postponed and step % config.checkpoint.every:
+            return False
+        self._check_finite(step, step_metrics)
+        self.postponed = self.skipped_now > 0
+        return not self.postponed
 
     def _record(self, step: int, step_metrics: dict[str, Any], clock: "_Clock") -> metrics.Record:
         config = self.run.config
@@ -403,7 +436,7 @@ class _Loop:
         self._check_finite(step, step_metrics)
         # In the step only where it may still be skipped.
         if not self.are_finite((state.parameters, state.variables)):
-            self._not_finite(step, step_metrics)
+            raise self._diverged(step, step_metrics)
         multihost.by_first_process(self._check_folder)
         self.checkpoints.save(step, state)
         self.last_good = step
@@ -414,25 +447,27 @@ class _Loop:
         self.checked = step
         if bool(step_metrics["finite"]):
             self.skipped_now = 0
-        else:
-            self._not_finite(step, step_metrics)
+            return
+        if not self.run.config.skip_nonfinite:
+            raise self._diverged(step, step_metrics)
+        self.skipped += 1
+        self.skipped_now += 1
+        what, _ = self._what_is_not_finite(step, step_metrics)
+        _LOG.warning("step %d: %s is not finite; its update is skipped", step, what)
+        if self.skipped_now == self.run.config.skip_limit:
+            raise self._diverged(step, step_metrics)
 
-    def _not_finite(self, step: int, step_metrics: dict[str, Any]) -> None:
-        """Counts a step that was skipped; raises DivergedError where it was not, or was one too many."""
+    def _diverged(self, step: int, step_metrics: dict[str, Any]) -> DivergedError:
+        """Says what is not finite and why, and writes all metrics of the step to a file."""
         config = self.run.config
         what, cause = self._what_is_not_finite(step, step_metrics)
+        advice = ", or set skip_nonfinite=true to drop such updates"
         if config.skip_nonfinite:
-            self.skipped += 1
-            self.skipped_now += 1
-            _LOG.warning("step %d: %s is not finite; its update is skipped", step, what)
-            if self.skipped_now < config.skip_limit:
-                return
-            advice = f"skip_limit={config.skip_limit} updates in a row were skipped"
-        else:
-            advice = "or set skip_nonfinite=true to drop such updates"
-        raise DivergedError(
+            what = f"after skip_limit={config.skip_limit} skipped updates in a row {what}"
+            advice = ""
+        return DivergedError(
             f"step {step}: {what} is not finite, {cause}; the last good checkpoint is step "
-            f"{self.last_good} in {self.workdir / 'checkpoints'}; lower optimizer.learning_rate, "
+            f"{self.last_good} in {self.workdir / 'checkpoints'}; lower optimizer.learning_rate"
             f"{advice}{self._written_details(step, step_metrics)}.",
             step,
         )
@@ -467,13 +502,15 @@ class _Loop:
         return f" (details: {path.name})"
 
     def _say_if_gradients_vanish(self, step: int, record: metrics.Record) -> None:
-        vanished = record["train/gradient_norm"] == 0
-        self.zero_gradients = self.zero_gradients + 1 if vanished else 0
-        if self.zero_gradients == _ZERO_GRADIENTS or (vanished and step == self.run.config.steps):
+        if record["train/gradient_norm"]:
+            self.zero_gradients = 0
+            return
+        self.zero_gradients += 1
+        if self.zero_gradients == _ZERO_GRADIENTS or step == self.run.config.steps:
             _LOG.warning(
-                "step %d: the gradient is exactly 0, as in every record before it, so that nothing is "
+                "step %d: the gradient is exactly 0, for the %d. record in a row, so that nothing is "
                 "learned; numbers that are too large or too small for their dtype are the usual cause.",
-                step,
+                *(step, self.zero_gradients),
             )
 
     def _say_what_was_skipped(self) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import pytest
 
 from moe_jax.parallel import ending
@@ -53,6 +54,25 @@ def test_what_cannot_become_fatal_is_passed_on_at_once():
     relay = Filter()
     assert relay.passed(b"\r 5%") == b"\r 5%"
     assert relay.passed(b"E11x") == b"E11x"
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("UNKNOWN: Gloo AllGather failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read error", True),
+        ("UNAVAILABLE: Socket closed", True),
+        ("INTERNAL: NCCL operation ncclAllReduce failed: unhandled system error", True),
+        ("UNAVAILABLE: Error writing gs://bucket/run/checkpoints/8/d: Connection reset by peer", False),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.", False),
+        ("the config is wrong, because the connection closed", False),
+    ],
+)  # fmt: skip
+def test_errors_of_a_lost_process_are_told_from_others(monkeypatch, message, lost):
+    assert not ending.is_of_lost_process(ValueError(message))  # Alone, a process can lose none.
+    monkeypatch.setattr(ending, "_is_one_of_several", lambda: True)
+    for kind in (ValueError, jax.errors.JaxRuntimeError):
+        assert ending.is_of_lost_process(kind(message)) == lost
+    assert not ending.is_of_lost_process(OSError(message))
 
 
 _PROGRAM = """

@@ -3,6 +3,7 @@
 `make test-slow` runs these; with -s each says what it did.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -104,17 +105,34 @@ def assert_same(one, other) -> None:
         np.testing.assert_array_equal(array, expected)
 
 
+def wait_for_the_lock(workdir: pathlib.Path, processes: list[subprocess.Popen[str]]) -> None:
+    """Returns when the processes have begun to work on the folder, or have ended."""
+    lock, before = workdir / LOCK_FILE, None
+    with contextlib.suppress(OSError):  # Left by those that were killed.
+        before = lock.read_text()
+    while processes[0].poll() is None:
+        with contextlib.suppress(OSError):
+            if lock.read_text() not in (before, ""):
+                return
+        time.sleep(0.01)
+
+
 def test_random_kills_lose_nothing(starter, tmp_path):
     starter.finish(tmp_path / "reference")  # Compiles.
-    seconds = starter.finish(tmp_path / "timed")
     reference = result(tmp_path / "reference", starter.data_dir)
-    draw, kills, runs, begun = random.Random(starter.count), 0, 0, time.perf_counter()
+    timed = starter.start(tmp_path / "timed")
+    wait_for_the_lock(tmp_path / "timed", timed)
+    begin = time.perf_counter()
+    assert ended(timed)[0] == [0] * starter.count
+    seconds = time.perf_counter() - begin  # Of what may be interrupted: imports come before.
+    draw, kills, runs, begin = random.Random(starter.count), 0, 0, time.perf_counter()
     while kills < KILLS:
         workdir, runs = tmp_path / f"run{runs}", runs + 1
         while kills < KILLS:
             processes = starter.start(workdir)
+            wait_for_the_lock(workdir, processes)
             try:
-                processes[0].communicate(timeout=seconds * draw.uniform(0.3, 0.9))
+                processes[0].communicate(timeout=seconds * draw.random())
                 assert ended(processes)[0] == [0] * starter.count
                 break
             except subprocess.TimeoutExpired:
@@ -125,8 +143,8 @@ def test_random_kills_lose_nothing(starter, tmp_path):
                 kills += 1
         starter.finish(workdir)
         assert_same(result(workdir, starter.data_dir), reference)
-    minutes = (time.perf_counter() - begun) / 60
-    print(f"{kills} kills in {runs} runs of {starter.count} process(es), {minutes:.1f} minutes")
+        minutes = (time.perf_counter() - begin) / 60
+        print(f"{kills} kills in {runs} runs of {starter.count} process(es), {minutes:.1f} min")
 
 
 def test_of_two_trainers_one_is_refused_and_nothing_is_lost(starter, tmp_path):

@@ -14,7 +14,7 @@ from moe_jax.tasks.language_modeling import LanguageModeling
 from moe_jax.training import loop
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.optimizers import AdamW, Schedule
-from moe_jax.training.step import all_finite
+from moe_jax.training.step import all_finite, noise_key
 from moe_jax.training.trained import Trained
 from tests.training.one_block import get_config
 
@@ -65,20 +65,37 @@ def test_with_skips_good_checkpoints_stay_good_and_a_limit_ends_the_run(config, 
         with_infinite_updates(patch)
         loop.train(config, tmp_path)
     message = str(error.value)
-    assert message.startswith("step 10: a parameter is not finite")
-    assert "skip_limit=4 updates in a row were skipped" in message
+    assert message.startswith(
+        "step 10: after skip_limit=4 skipped updates in a row a parameter is not finite, though"
+    )
+    assert "the last good checkpoint is step 6 in" in message
     kept = Trained.load(tmp_path)
-    assert kept.step == 8
+    assert kept.step == 6  # After skipped updates nothing is saved.
     jax.tree.map(np.testing.assert_array_equal, kept.parameters, good)
     # As soon as the cause is gone the run goes on, at the rate of the updates that it has done.
     config.steps = 10
     records = loop.train(config, tmp_path)
     schedule = config.optimizer.learning_rate_at(config.steps)
     rates = {record["step"]: record["train/learning_rate"] for record in records}
-    expected = {1: 0, 6: 5, 7: 6, 8: 6, 9: 6, 10: 7}
+    expected = {1: 0, 6: 5, 7: 6, 8: 7, 10: 9}
     assert {step: rates[step] for step in expected} == {
         step: pytest.approx(float(schedule(done))) for step, done in expected.items()
     }
+
+
+def test_a_checkpoint_waits_for_an_update_that_is_done(config, tmp_path, monkeypatch):
+    config.skip_nonfinite = True
+    original = LanguageModeling.training_loss
+
+    def broken_at_step_2(self, model, batch, key):
+        loss, measured = original(self, model, batch, key)
+        second = jax.random.fold_in(noise_key(config.seed), 1)
+        same = (jax.random.key_data(key) == jax.random.key_data(second)).all()
+        return loss * jnp.where(same, jnp.nan, 1.0), measured
+
+    monkeypatch.setattr(LanguageModeling, "training_loss", broken_at_step_2)
+    assert loop.train(config, tmp_path)[-1]["step"] == 6
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [3, 4, 6]
 
 
 def test_a_gradient_that_vanished_is_said(config, tmp_path, caplog):

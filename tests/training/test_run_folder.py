@@ -127,6 +127,16 @@ def test_a_lost_config_is_brought_back_from_a_checkpoint(run, caplog):
     assert steps(workdir) == list(range(1, 9))
 
 
+def test_without_its_checkpoints_a_run_does_not_begin_anew(run):
+    config, workdir = run
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(
+        UserError, match="has records up to step 6, but no checkpoint, though every 2"
+    ):
+        loop.train(config, workdir)
+    assert steps(workdir) == list(range(1, 7))
+
+
 def test_a_renamed_checkpoint_of_version_0_1_is_noticed(run):
     config, workdir = run
     path = workdir / "checkpoints" / "6" / "manifest.json"
