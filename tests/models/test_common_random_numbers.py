@@ -23,7 +23,7 @@ from moe_jax.models.stack import MoERule, SparseDense, StackConfig, Stage
 from moe_jax.models.vision import VisionConfig
 from moe_jax.routing.fixed import UniformRandom
 from moe_jax.routing.noisy_top_k import NoisyTopK
-from moe_jax.training.run import Run, signals_of
+from moe_jax.training.run import Run, broadcast_signal
 from tests.tiny import tiny_config
 
 B, L, V, LAYERS = 4, 8, 32, 4
@@ -302,7 +302,7 @@ def test_how_blocks_are_grouped_changes_no_loss_in_training(data_dir):
             starts.append(by_block(model, state.parameters["stack"]))
             for batch in batches:
                 state, metrics = run.train_step(
-                    state, run.put_batch(batch), signals_of(run.mesh, 0), run.noise_key_data
+                    state, run.put_batch(batch), broadcast_signal(run.mesh, 0), run.noise_key_data
                 )
                 found.append(float(metrics["loss"]))
         losses.append(found)
