@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import subprocess
 import sys
 from unittest import mock
 
@@ -190,40 +189,3 @@ def test_router_that_config_json_could_not_name(data_dir, tmp_path):
 def test_workdir_without_a_run(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json; name the folder of a run"):
         experiment.load(tmp_path)
-
-
-def test_a_script_prints_the_sentence_and_exits_with_2(data_dir, tmp_path):
-    """The whole way, for a workdir that cannot be written: no traceback, nothing on stdout."""
-    (tmp_path / "file").write_text("")
-    command = [sys.executable, "experiments/train.py", f"--config={CONFIG}"]
-    command += [f"--config.data.data_dir={data_dir}", f"--workdir={tmp_path}/file"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert f"{tmp_path}/file" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-
-
-def test_a_script_names_a_missing_flag():
-    done = subprocess.run(
-        [sys.executable, "experiments/train.py", f"--config={CONFIG}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "--workdir" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("script", ["quickstart", "moe_vs_dense"])
-def test_a_script_with_a_default_config_names_an_unknown_field(script):
-    done = subprocess.run(
-        [sys.executable, f"experiments/{script}.py", "--config.model.widht=3"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "did you mean 'width'" in done.stderr
-    assert "Traceback" not in done.stderr
