@@ -108,6 +108,7 @@ test-huggingface: install-test .venv-transformers4/.installed
 	$(PIP) --editable .[parity]
 	$(BIN)/python -m tests.huggingface.generated --check
 	$(BIN)/python -m tests.huggingface.compare --old=.venv-transformers4/bin/python --check
+	$(BIN)/python -m tests.huggingface.irrelevant
 
 # libtpu is a compiler for TPUs that needs none, but exists for one platform only.
 test-tpu: install-test
