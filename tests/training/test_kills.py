@@ -124,7 +124,7 @@ def test_random_kills_lose_nothing(starter, tmp_path):
     wait_for_the_lock(tmp_path / "timed", timed)
     begin = time.perf_counter()
     assert ended(timed)[0] == [0] * starter.count
-    seconds = time.perf_counter() - begin  # Of what may be interrupted: imports come before.
+    seconds = time.perf_counter() - begin  # That may be interrupted; imports come before.
     draw, kills, runs, begin = random.Random(starter.count), 0, 0, time.perf_counter()
     while kills < KILLS:
         workdir, runs = tmp_path / f"run{runs}", runs + 1
