@@ -84,8 +84,8 @@ def run(main: Callable[[], None], default_config: str | None = None) -> None:
       default_config: what --config is if the user names no file.
 
     Exit status: 0 done; 143 stopped by SIGTERM after saving, and 130 by Ctrl-C; 2 the user asked for
-    something impossible. Of several processes all end with the status of the one that failed, or with
-    134 where one was killed.
+    something impossible. Several processes all end with the status of the one that failed, or with 134
+    where one was killed.
     """
     # Not as the flag's default, which absl would read before `parse_flags` can catch its errors.
     if default_config and not any(re.fullmatch(r"--config(=.*)?", a) for a in sys.argv):
@@ -145,7 +145,7 @@ def keep_compiled_programs() -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    """Of several processes the others would wait for this one."""
+    """Ends this process and the others of its run, which would wait for it."""
     ending.end(message, status)
     _stop(message, status)
 

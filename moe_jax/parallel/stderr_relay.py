@@ -16,7 +16,7 @@ LOST = (
     "lines may say why, and the same command on every process continues from the newest checkpoint."
 )
 
-# Of JAX's coordination service and its client, with absl's date, time and thread before.
+# What the coordination service of JAX and its client write, after date, time and thread by absl.
 _FATAL = re.compile(rb"[EF]\d{4} [^\n]*\b(coordination_service\w*\.cc|client\.h):\d+\]")
 # What a line may yet become when the rest of it comes.
 _MAY_BE_FATAL = re.compile(rb"[EF](\d{0,4}|\d{4} [^\n\]]*)")

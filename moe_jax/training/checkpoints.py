@@ -292,7 +292,7 @@ class _Digest(NamedTuple):
 
 
 class _Manifest(NamedTuple):
-    """Of a finished checkpoint.
+    """What manifest.json of a finished checkpoint says.
 
     Attributes:
       files: by path within the folder.
@@ -406,7 +406,7 @@ def _remove_files(folder: epath.Path, listed: set[str], prefix: str = "") -> lis
         else:
             others.append(name)
     if not others and is_remote(folder):
-        folder.rmtree(missing_ok=True)  # Of an object store, which need not have empty folders.
+        folder.rmtree(missing_ok=True)  # An object store need not have empty folders.
     elif not others:
         os.rmdir(folder)  # `epath` would remove what is written into it in this moment.
     return others

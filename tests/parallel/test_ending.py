@@ -1,4 +1,4 @@
-"""Of several processes all end with the sentence and the status of the one that failed."""
+"""Several processes all end with the sentence and the status of the one that failed."""
 
 import os
 import pathlib
@@ -123,7 +123,7 @@ def ended(failing: int, how: str) -> tuple[list[int], list[str]]:
         for process in processes:
             process.kill()
             process.wait()
-    # Of the log before the program begins.
+    # Without the log before the program begins.
     said = [
         [
             line
