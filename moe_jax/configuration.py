@@ -128,6 +128,10 @@ def check_types(config: Any, path: str = "config") -> None:
                 _check_instance(f"{name}[{i}]", item, typing.get_args(hint)[0])
                 if dataclasses.is_dataclass(item):
                     check_types(item, f"{name}[{i}]")
+        elif typing.get_origin(hint) is dict:
+            _check_instance(name, value, dict)
+            for key, item in value.items():
+                _check_instance(f"{name}[{key!r}]", item, typing.get_args(hint)[1])
     if isinstance(config, component.Component):
         config.check_ranges(path)
 

@@ -103,9 +103,19 @@ def open_dataset(name_or_dir: str, data_dir: str, split: str) -> OpenedDataset:
     Raises:
       UserError: there is no such dataset or split, or its files are damaged.
     """
-    with _without_imports(name_or_dir):
-        builder = _find_builder(name_or_dir, data_dir)
-    info, directory = builder.info, pathlib.Path(builder.data_path)
+    try:
+        with _without_imports(name_or_dir):
+            builder = _find_builder(name_or_dir, data_dir)
+            info, directory = builder.info, pathlib.Path(builder.data_path)
+            info.splits, info.features  # noqa: B018 - TFDS reads some of its files on demand.
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # TFDS's parsers raise what they please.
+        reason = " ".join(str(error).split()).replace(". ", "; ").rstrip(".")[:200]
+        raise UserError(
+            f"dataset={name_or_dir!r} has a dataset_info.json or features.json that TFDS cannot read "
+            f"({type(error).__name__}: {reason}); prepare it anew."
+        ) from error
     try:
         examples = builder.as_data_source(split=split)
     except (KeyError, NotImplementedError, ValueError) as error:
@@ -215,7 +225,7 @@ def _checked_files(builder: "tfds.core.DatasetBuilder", split: str) -> dict[str,
 
     try:
         of = {"files": stamps(files), "records": expected}
-    except OSError as error:
+    except (OSError, ValueError) as error:  # A path with a null byte is a ValueError.
         raise _damaged(builder.data_path, split, str(error)) from error
     return remembered(pathlib.Path(builder.data_path) / "checked" / file_name(name), of, compute)
 

@@ -311,9 +311,12 @@ def _read_manifest(folder: epath.Path) -> _Manifest | None:
         content = json.loads((folder / _MANIFEST).read_text())
         if not isinstance(content.get("files"), dict):
             content = {"files": content, "step": None, "about": {}}
-        files = {name: _Digest(**entry) for name, entry in content["files"].items()}
+        files = {
+            name: _Digest(str(entry["sha256"]), int(entry["size"]))
+            for name, entry in content["files"].items()
+        }
         return _Manifest(files, content["step"], dict(content["about"]))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError):
         return None
 
 
