@@ -65,7 +65,9 @@ def main() -> None:
     """Compiles what is missing if asked to, and writes the page."""
     unknown = sorted(set(_ONLY.value) - set(budgets.GIANTS))
     if unknown:
-        raise UserError(f"only is {', '.join(unknown)}; name some of {', '.join(budgets.GIANTS)}.")
+        raise UserError(
+            f"--only has {', '.join(map(repr, unknown))}; name some of {', '.join(budgets.GIANTS)}."
+        )
     if _COMPILE.value:
         _compile(_ONLY.value or list(budgets.GIANTS))
     reports = newest_reports()

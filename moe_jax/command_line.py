@@ -28,9 +28,17 @@ from moe_jax.training.loop import Interrupted
 flags.disclaim_key_flags()
 
 USER_ERROR_STATUS = 2
+# What Python and absl say of a flag's value of another kind, and what is wanted.
+_WANTED = {
+    r"invalid literal for int\(\)": "a whole number",
+    "could not convert string to float": "a number",
+    r"\('Non-boolean argument to boolean flag'": "true or false",
+}
 # What to do about an operating system's error, by its number; for all others see `_of_system`.
 _REMEDIES = {
-    errno.ENOENT: "name a path that exists",
+    errno.ENOENT: "name a path in a folder that exists",
+    errno.EEXIST: "it is a file, so name a folder",
+    errno.ENOTDIR: "a part of it is a file, so name a folder",
     errno.EISDIR: "name a file, not a folder",
     errno.ENAMETOOLONG: "name a shorter path",
     errno.ELOOP: "name what the links are meant to lead to",
@@ -60,13 +68,29 @@ def experiment(config: Any) -> Experiment:
     try:
         is_config = hasattr(config, "steps") and isinstance(config, Experiment)
     except OSError as error:  # ml_collections complains at the first access to a field only.
-        raise UserError(f"--config: {_sentence(str(error))}") from error
+        raise UserError(_unopened(str(error))) from error
+    if config is None:
+        raise UserError(
+            "--config gives no config; name a file whose get_config() returns an Experiment, such as "
+            "--config=configs/quickstart.py."
+        )
     if not is_config:
         raise UserError(
-            f"--config gives {config!r}; name a file whose get_config() returns an Experiment, "
-            "such as --config=configs/quickstart.py."
+            f"--config gives a {type(config).__name__}; its get_config() must return an Experiment, as "
+            "that of configs/quickstart.py does."
         )
     return config
+
+
+def _unopened(message: str) -> str:
+    """Why ml_collections could not open the file of --config, whose message ends with Python's own."""
+    found = re.search(r"\[Errno \d+\] (.*?): '(.*)'\s*$", message, re.DOTALL)
+    reason, name = (found[1], found[2]) if found else ("it is empty", "")
+    name = name if len(name) <= 200 else f"{name[:200]}..."
+    return (
+        f"--config={name} cannot be opened ({reason}); name a Python file with get_config(), such as "
+        "--config=configs/quickstart.py."
+    )
 
 
 def run_command(command: ModuleType) -> None:
@@ -184,7 +208,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
         said = user_error_behind(error) or _sentence(str(error))
         raise UserError(str(said)) from error
     except OSError as error:
-        raise UserError(f"--config: {error}; name a Python file with get_config().") from error
+        raise UserError(_unopened(str(error))) from error
     except Exception as error:  # Whatever the user's own file raises.
         raise UserError(_wrong_config(argv, error)) from error
 
@@ -192,6 +216,11 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
 def _sentence(message: str) -> str:
     """absl writes in several lines and sentences, such as 'Unknown flag x. Did you mean: y ?'."""
     message = " ".join(message.split()).rstrip(".")
+    for pattern, kind in _WANTED.items():
+        if found := re.fullmatch(rf"flag (--[\w.]+)=(.*?): {pattern}.*", message):
+            return f"{found[1]} is {found[2]!r}; it must be {kind}."
+    if found := re.fullmatch(r"flag (--\w+)=None: Flag .* other than None", message):
+        return f"{found[1]} is not given; --help says what it takes."
     return re.sub(r"\. Did you mean: (.*?) \?", r"; did you mean \1", message) + "."
 
 

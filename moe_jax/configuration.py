@@ -55,7 +55,9 @@ def decode(tree: Any, origins: Any = None) -> Any:
         return {key: decode(item, origins) for key, item in tree.items()}
     name = tree[TYPE_TAG]
     if not isinstance(name, str):
-        raise UserError(f"config.json has the type {name!r}; a type is a text, module:Name.")
+        raise UserError(
+            f"config.json has the type {name!r}; a type is a string such as module:Name."
+        )
     module = name.rpartition(":")[0]
     cls = component.find(name, origins.get(module) if isinstance(origins, Mapping) else None)
     hints = typing.get_type_hints(cls)

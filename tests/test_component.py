@@ -96,7 +96,7 @@ def test_a_tag_imports_and_builds_nothing_but_components(name):
 
 @pytest.mark.parametrize("tag", [3, None, ["TopK"], {"a": 1}])
 def test_a_tag_that_is_no_text_is_refused(tag):
-    with pytest.raises(moe.UserError, match="a type is a text"):
+    with pytest.raises(moe.UserError, match="a type is a string"):
         configuration.decode({"type": tag})
 
 

@@ -75,7 +75,7 @@ def main() -> None:
 def _check_flags() -> None:
     if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
         raise UserError(
-            f"workdir is {_WORKDIR.value} and checkpoint is {_CHECKPOINT.value}; give one of the two."
+            f"--workdir is {_WORKDIR.value} and --checkpoint is {_CHECKPOINT.value}; give one of the two."
         )
     if _SATURATION.value is not None and not _ROUTING.value:
         raise UserError(

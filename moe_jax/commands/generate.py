@@ -73,7 +73,7 @@ def _open() -> tuple[Any, Mesh, Tokenizer]:
     """The model with its numbers, where they are, and the tokenizer of its text."""
     if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
         raise UserError(
-            f"workdir is {_WORKDIR.value} and checkpoint is {_CHECKPOINT.value}; give one of the two."
+            f"--workdir is {_WORKDIR.value} and --checkpoint is {_CHECKPOINT.value}; give one of the two."
         )
     if _CHECKPOINT.value is not None:
         return _open_checkpoint(_CHECKPOINT.value)

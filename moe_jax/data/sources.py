@@ -199,6 +199,10 @@ def _cannot_open(
             f"{info.file_format.value}, which cannot be read at random; prepare it with "
             "file_format=array_record."
         )
+    if split.partition("[")[0] in info.splits:
+        return UserError(
+            f"split={split!r} of dataset={name!r} is no slice that TFDS reads; write it as in train[:10%]."
+        )
     return UserError(
         f"split={split!r} is not in dataset={name!r}, which has {', '.join(info.splits)}."
     )

@@ -260,8 +260,11 @@ class StackConfig(Component):
     def validate(self, path: str = "model") -> None:
         """Raises UserError for a stack that could not be built; `path` is the config's own."""
         self.check_ranges(path)
-        unequal = not self.moe_at and self.num_layers % max(self.moe_every, 1)
-        if self.moe_every < 0 or unequal:
+        if self.moe_every < 0:
+            raise UserError(
+                f"{path}.moe_every is {self.moe_every}; it must be at least 1, or 0 for a dense model."
+            )
+        if not self.moe_at and self.num_layers % max(self.moe_every, 1):
             raise UserError(
                 f"{path}.moe_every is {self.moe_every}, which does not divide "
                 f"{path}.num_layers={self.num_layers}; use a divisor, or 0 for a dense model."

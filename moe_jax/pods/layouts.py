@@ -33,10 +33,11 @@ def laid_out(
     found = [layout for layout in layouts if topology(layout.topology) == wanted]
     if not found:
         if not mesh:
-            known = ", ".join(layout.topology for layout in layouts) or "none"
+            known = ", ".join(layout.topology for layout in layouts)
+            others = f"; name one that it has, {known}, or" if known else ", nor for another;"
             raise UserError(
-                f"--topology is {name}, for which the config has no mesh (it has those of: {known}); "
-                "name one of them, or give --mesh, which compile_pod.py --search finds."
+                f"--topology is {name}, for which the config has no layout{others} give --mesh, which "
+                "compile_pod.py --search finds."
             )
         return dataclasses.replace(config, mesh=parse_mesh(mesh, config.mesh)), ""
     laid = found[0].apply(config)

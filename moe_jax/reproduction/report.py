@@ -115,7 +115,7 @@ def read_records(output: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _read_record(path: pathlib.Path) -> dict[str, Any]:
-    remedy = "experiments/reproduce.py writes such files; remove it or make it anew."
+    remedy = "name the folder of a report that experiments/reproduce.py wrote."
     try:
         record = json.loads(path.read_text())
         problem = next((name for name in _FIELDS if name not in record), None)

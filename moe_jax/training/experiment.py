@@ -113,7 +113,7 @@ class Experiment(Component):
             if value % devices:
                 raise UserError(
                     f"{name} is {value}, which the {devices} devices of mesh axis {axis} do not "
-                    "divide; change one of them."
+                    f"divide; change {name} or the mesh."
                 )
 
     def _validate_groups(self, path: str, tokens_per_row: int, group_size: int) -> None:
@@ -156,6 +156,10 @@ def read_record(workdir: epath.PathLike) -> dict[str, Any]:
         raise UserError(f"workdir {workdir} has no {CONFIG_FILE}; name the folder of a run.")
     try:
         record = json.loads(path.read_text())
+    except IsADirectoryError as error:
+        raise UserError(
+            f"workdir {workdir} has a folder {CONFIG_FILE} where the run's file should be; restore it."
+        ) from error
     except ValueError as error:  # No JSON, or no UTF-8.
         raise UserError(f"{path} is damaged ({error}); restore it or use a new workdir.") from error
     if not isinstance(record, dict):
@@ -172,10 +176,7 @@ def load(workdir: epath.PathLike) -> Experiment:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not isinstance(config, Experiment):
-        raise UserError(
-            f"{path} holds no run's config, but {type(config).__name__}; "
-            "restore it or name the folder of a run."
-        )
+        raise UserError(f"{path} has no config of a run; restore it or name the folder of a run.")
     return config
 
 

@@ -31,8 +31,8 @@ def parse(text: str) -> range:
     found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text, re.ASCII)
     if not found:
         raise UserError(
-            f"--profile_steps is {text!r}; write it as FIRST:COUNT, such as 10:5 for the steps 10 to "
-            "14."
+            f"--profile_steps is {text!r}; write it as FIRST:COUNT, both at least 1, such as 10:5 for "
+            "the steps 10 to 14."
         )
     first, count = map(int, found.groups())
     return range(first, first + count)

@@ -73,7 +73,7 @@ def test_generate_until_an_end(folder):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "workdir is None and checkpoint is None; give one of the two."),
+        ([], "--workdir is None and --checkpoint is None; give one of the two."),
         (["--checkpoint=hf:x"], "such as --config=configs/quickstart.py."),
         (["--checkpoint=hf:x", "--routing"], "but --routing writes to a run's folder"),
         (["--checkpoint=hf:/nowhere", *CONFIG], "/nowhere has no readable config.json"),

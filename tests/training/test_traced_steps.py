@@ -22,7 +22,8 @@ def test_what_names_no_steps_is_refused(text):
     with pytest.raises(UserError) as error:
         traced_steps.parse(text)
     assert str(error.value) == (
-        f"--profile_steps is {text!r}; write it as FIRST:COUNT, such as 10:5 for the steps 10 to 14."
+        f"--profile_steps is {text!r}; write it as FIRST:COUNT, both at least 1, such as 10:5 for "
+        "the steps 10 to 14."
     )
 
 

@@ -79,6 +79,8 @@ class FolderTokenizer(Tokenizer):
           UserError: there is none, or a file is damaged.
         """
         path = pathlib.Path(folder) / _FILE
+        if not os.path.isdir(folder):
+            raise UserError(f"{folder} is no folder; name the folder of a Hugging Face model.")
         if not os.path.exists(path):
             raise UserError(
                 f"{folder} has no {_FILE}; save the tokenizer there with the `tokenizers` library."
