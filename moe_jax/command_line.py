@@ -146,7 +146,7 @@ def _of_system(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     if error.filename is None:
         return f"the operating system refused: {reason}."
-    shown = os.fspath(error.filename)
+    shown = str(error.filename)  # A number where a file was opened by its descriptor.
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
     remedy = _REMEDIES.get(error.errno or 0, "name a place that can be written to")
     return f"{shown}: {reason}; {remedy}."

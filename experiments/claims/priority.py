@@ -63,7 +63,7 @@ priority in its decoder; ours has 8 experts and runs short.
 
 
 def side_name(order: Priority, factor: float, k: int = 1) -> str:
-    """Of the side with a priority order, a capacity factor and top-k."""
+    """Name of the side with a priority order, a capacity factor and top-k."""
     return f"top-{k} at {factor:g}, {ORDERS[order]}"
 
 

@@ -104,7 +104,7 @@ def write_reports(output: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def read_records(output: pathlib.Path) -> list[dict[str, Any]]:
-    """Of the claims whose JSON files are in a folder, by name.
+    """The records of the claims whose JSON files are in a folder, by name.
 
     The files may be a stranger's: their names become paths, so they must be names.
 

@@ -136,7 +136,7 @@ def model_fields(
 
 
 def num_experts(fields: Fields, default: int) -> int:
-    """Of each MoE, without the shared ones."""
+    """The settings of each MoE, without the shared ones."""
     return fields.integer("n_routed_experts", default, at_most=MOST_EXPERTS)
 
 

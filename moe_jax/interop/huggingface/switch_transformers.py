@@ -47,7 +47,7 @@ _IRRELEVANT = t5.IRRELEVANT | {
 
 
 def _step(num_layers: int, num_sparse: int) -> int:
-    """Of every how many blocks one has a MoE, as their constructor computes it."""
+    """The interval between blocks with a MoE, as their constructor computes it."""
     return num_layers // num_sparse if num_sparse else num_layers
 
 

@@ -209,7 +209,9 @@ def read(fields: Fields) -> EncoderDecoderConfig:
 
 
 def _feed_forward(fields: Fields) -> FeedForwardForm:
-    """Of `feed_forward_proj`; what transformers derives from it takes its place where it is given.
+    """Activation and gate of `feed_forward_proj`.
+
+    What transformers derives from it takes its place where it is given.
 
     Raises:
       UserError: it is not supported.
