@@ -6,13 +6,13 @@ Axis letters: B batch, L query length, M memory length, H heads, h head width, d
 import math
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
-from moe_jax.layers.attention import KeyValues
+from moe_jax.layers.attention import KeyValues, unstacked
 from moe_jax.layers.attention_kernels import attend
 from moe_jax.layers.initializers import Scale, scaled_truncated_normal
+from moe_jax.layers.projection import project
 from moe_jax.parallel.sharding import constrain
 
 
@@ -51,8 +51,10 @@ class CrossAttention(nnx.Module):
     @jax.named_scope("cross_attention")
     def keys_and_values(self, memory: Float[Array, "B M d"]) -> KeyValues:
         """Of the memory [B, M, d]; decoding computes them once."""
-        key_value = jnp.einsum("bmd,dnHh->nbmHh", memory, self.key_value[...].astype(memory.dtype))
-        keys, values = (constrain(p, "batch", "length", "heads", "head") for p in key_value)
+        keys, values = (
+            constrain(part, "batch", "length", "heads", "head")
+            for part in unstacked(project(memory, self.key_value[...]))
+        )
         return KeyValues(keys, values)
 
     @jax.named_scope("cross_attention")
@@ -60,7 +62,7 @@ class CrossAttention(nnx.Module):
         self, x: Float[Array, "B L d"], memory: KeyValues, mask: Bool[Array, "B M"] | None
     ) -> Float[Array, "B L d"]:
         """[B, L, d] to [B, L, d]; mask [B, M] bool, False for the memory's padding."""
-        query = jnp.einsum("bld,dHh->blHh", x, self.query[...].astype(x.dtype))
+        query = project(x, self.query[...])
         attended = attend(
             constrain(query, "batch", "length", "heads", "head"),
             memory.keys,
@@ -68,4 +70,4 @@ class CrossAttention(nnx.Module):
             mask=None if mask is None else mask[:, None, None, :],
             scale=1 / math.sqrt(query.shape[-1]) if self.scaled else 1.0,
         )
-        return jnp.einsum("blHh,Hhd->bld", attended, self.out[...].astype(x.dtype))
+        return project(attended, self.out[...], contracted=2)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.errors import UserError
 from moe_jax.layers.initializers import Scale, scaled_truncated_normal
+from moe_jax.layers.projection import project
 
 
 class EmbeddingScaling(enum.StrEnum):
@@ -68,9 +69,7 @@ class TokenEmbedding(nnx.Module):
     def logits(self, x: Float[Array, "B L d"]) -> Float[Array, "B L V"]:
         """[B, L, d] to [B, L, V] float32."""
         output = self.table if self.output is None else self.output
-        logits = jnp.einsum(
-            "bld,vd->blv", x, output[...].astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        logits = project(x, output[...].T, dtype=jnp.float32)
         if self.scaling == EmbeddingScaling.LOGITS:
             logits = logits / jnp.sqrt(jnp.float32(x.shape[-1]))
         return logits

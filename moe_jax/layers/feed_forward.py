@@ -18,6 +18,7 @@ from moe_jax.dispatch.interface import Product
 from moe_jax.layers.dropout import dropout
 from moe_jax.layers.expert_form import ExpertForm
 from moe_jax.layers.initializers import Scale, scaled_truncated_normal
+from moe_jax.layers.projection import project
 from moe_jax.parallel.mesh import MODEL
 from moe_jax.parallel.sharding import constrain
 
@@ -180,11 +181,11 @@ class FeedForward(nnx.Module):
         if form.hidden_bias != HiddenBias.NONE:
             hidden = form.with_hidden_bias(hidden, self._weight("b_hidden", x))
         hidden = dropout(constrain(hidden, "batch", "length", "mlp"), self.dropout_rate, key)
-        y = jnp.einsum("blf,fd->bld", hidden, self._weight("w_out", x))
+        y = project(hidden, self._weight("w_out", x))
         return y + self._weight("b_out", x) if form.bias else y
 
     def _up(self, name: str, x: jax.Array) -> jax.Array:
-        hidden = jnp.einsum("bld,df->blf", x, self._weight(f"w_{name}", x))
+        hidden = project(x, self._weight(f"w_{name}", x))
         if self.form.bias:
             hidden = hidden + self._weight(f"b_{name}", x)
         return hidden

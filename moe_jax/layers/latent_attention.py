@@ -21,6 +21,7 @@ from moe_jax.layers.attention_kernels import attend
 from moe_jax.layers.initializers import Scale, scaled_truncated_normal
 from moe_jax.layers.normalization import RMSNorm
 from moe_jax.layers.positions import RotaryScaling, rotate
+from moe_jax.layers.projection import project
 from moe_jax.parallel.sharding import constrain
 
 
@@ -154,19 +155,16 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B L d"], LatentCache | None]:
         """[B, L, d] to [B, L, d], and the cache with this call's tokens."""
         config: MultiHeadLatent = self.config
-        dtype = x.dtype
         compressed = x
         if config.query_rank:
-            compressed = self.query_norm(
-                jnp.einsum("bld,dq->blq", x, self.query_down[...].astype(dtype))
-            )
-        query = jnp.einsum("blq,qHn->blHn", compressed, self.query[...].astype(dtype))
+            compressed = self.query_norm(project(x, self.query_down[...]))
+        query = project(compressed, self.query[...])
         query = constrain(query, "batch", "length", "heads", "head")
         query, query_rotated = jnp.split(query, [config.nope_width], axis=-1)
         rotary = (inputs.positions, config.rotary_base, config.rotary_scaling)
         query_rotated = rotate(query_rotated, *rotary)
 
-        down = jnp.einsum("bld,dc->blc", x, self.kv_down[...].astype(dtype))
+        down = project(x, self.kv_down[...])
         latent, rotated = jnp.split(down, [config.kv_rank], axis=-1)
         latent = self.latent_norm(latent)
         rotated = rotate(rotated[:, :, None], *rotary)[:, :, 0]
@@ -179,7 +177,7 @@ class LatentAttention(nnx.Module):
             attended = self._absorbed(query, query_rotated, cache, mask)
         else:
             attended = self._expanded(query, query_rotated, latent, rotated, mask)
-        return jnp.einsum("blHv,Hvd->bld", attended, self.out[...].astype(dtype)), cache
+        return project(attended, self.out[...], contracted=2), cache
 
     @property
     def _scale(self) -> float:
@@ -201,8 +199,7 @@ class LatentAttention(nnx.Module):
     ) -> jax.Array:
         """[B, L, H, v] by keys and values of every head, the cheaper way for a whole sequence."""
         of_key, of_value = self._up(query.dtype)
-        key = jnp.einsum("bmc,cHn->bmHn", latent, of_key)
-        value = jnp.einsum("bmc,cHv->bmHv", latent, of_value)
+        key, value = project(latent, of_key), project(latent, of_value)
         shared = jnp.broadcast_to(rotated[:, :, None], (*key.shape[:3], rotated.shape[-1]))
         return attend(
             jnp.concatenate([query, query_rotated], axis=-1),
