@@ -3,12 +3,14 @@
     python experiments/bench_layer.py --quick [--format=json] [--output=DIR]
     python experiments/bench_layer.py [--format=json] [--output=DIR]
     python experiments/bench_layer.py --products [--small] [--format=json] [--output=DIR]
+    python experiments/bench_layer.py --step [--format=json] [--output=DIR]
 
 The first form measures four shapes in minutes. The second measures the whole grid, which takes hours,
 and goes on where it was interrupted when it is given again at the same commit. Every layer is compared with the
 dense floor (all assignments through one feed-forward network) and the balanced floor (as many rows for
 each expert, no router) in interleaved rounds of one process; a ratio is the median over rounds. The
-third form compares the backends of the grouped product at the shapes of published models.
+third form compares the backends of the grouped product at the shapes of published models, the last one
+whole training steps on a CPU with a bare program's and, with the extra `parity`, transformers'.
 DIR gets the rows (.jsonl as they come, .json), tables (.md) and a picture (.png).
 """
 
@@ -36,7 +38,7 @@ from tqdm import tqdm
 
 from moe_jax import command_line
 from moe_jax.analysis import figures
-from moe_jax.analysis.benchmark import plan, products, report, rows
+from moe_jax.analysis.benchmark import plan, products, report, rows, steps
 from moe_jax.analysis.benchmark.cases import Pass, Skew
 from moe_jax.analysis.benchmark.rows import Row
 from moe_jax.analysis.benchmark.timing import THOROUGH
@@ -46,6 +48,7 @@ from moe_jax.training import provenance
 _QUICK = flags.DEFINE_bool("quick", False, "Four shapes and the variants that the goals are about.")
 _PRODUCTS = flags.DEFINE_bool("products", False, "Compare backends of the grouped product instead.")
 _SMALL = flags.DEFINE_bool("small", False, "With --products: shapes that a CPU can compute.")
+_STEP = flags.DEFINE_bool("step", False, "Compare whole training steps instead.")
 _FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What stdout gets.")
 _OUTPUT = flags.DEFINE_string("output", "runs/bench_layer", "Folder of rows, tables and picture.")
 
@@ -56,8 +59,16 @@ def main() -> None:
         raise UserError(
             "small is set, but only --products has small shapes; add it or use --quick."
         )
-    if _QUICK.value and _PRODUCTS.value:
-        raise UserError("quick and products are set, which are two benchmarks; leave one out.")
+    chosen = [flag.name for flag in (_QUICK, _PRODUCTS, _STEP) if flag.value]
+    if len(chosen) > 1:
+        raise UserError(
+            f"{chosen[0]} and {chosen[1]} are set, which are two benchmarks; leave one out."
+        )
+    if _STEP.value:
+        found = _collect("bench_step", [], lambda _: _measure_steps())
+        figures.save_step_benchmark(found, provenance.machine(), _path("bench_step", "png"))
+        _present("bench_step", found, report.steps_page)
+        return
     if _PRODUCTS.value:
         shapes = products.shapes_for(_SMALL.value)
         found = _collect("products", [], lambda _: _measure_products(shapes))
@@ -102,10 +113,13 @@ def _collect(
     found = rows.of_origin(earlier, origin)
     for row in measure(list(found)):
         if "left_out" in row:
-            what = (row.get("backend") or row["variant"], row["left_out"])
+            what = (
+                row.get("backend") or row.get("program") or row["variant"],
+                row["left_out"],
+            )
             if what not in said:
                 said.add(what)
-                subject = row["backend"] if "backend" in row else rows.name_of(row)
+                subject = row.get("backend") or row.get("program") or rows.name_of(row)
                 tqdm.write(f"left out: {subject}: {row['left_out']}", file=sys.stderr)
         found.append(row | origin)
         with log.open("a") as file:
@@ -131,6 +145,14 @@ def _measure_products(shapes: Sequence[products.ProductShape]) -> Iterator[Row]:
                 bar.set_description(f"{shape.model} {skew}")
                 yield from products.measure_products(shape, skew, products.BACKENDS, THOROUGH)
                 bar.update()
+
+
+def _measure_steps() -> Iterator[Row]:
+    with tqdm(total=len(steps.SHAPES), unit="shape", smoothing=0) as bar:
+        for shape in steps.SHAPES:
+            bar.set_description(f"width {shape.width}, {shape.experts or 'no'} experts")
+            yield from steps.measure_steps(shape, steps.ROUNDS)
+            bar.update()
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def main() -> None:
 
 def _mesh_for_this_machine(config: MeshConfig) -> MeshConfig:
     """The config's mesh, or on accelerators the part of it that their number allows."""
-    force_host_devices(config.host_devices)
+    force_host_devices(config.devices_of_process)
     if jax.default_backend() == "cpu" or jax.device_count() >= config.size:
         return config
     expert = math.gcd(config.expert, jax.device_count())

@@ -207,6 +207,38 @@ def save_side_by_side(
 _SKEWS = {"uniform": ("#009E73", 0.93), "zipf1.5": ("#CC79A7", 1.0), "one_hot": ("#E69F00", 1.075)}
 
 
+def save_step_benchmark(rows: Records, title: str, path: epath.PathLike) -> None:
+    """Draws tokens per second of training steps, one panel per decoder, one bar per program.
+
+    Args:
+      rows: of experiments/bench_layer.py --step.
+      title: of the picture.
+      path: PNG to write.
+    """
+    measured = [row for row in rows if "rounds" in row]
+    decoders = list(dict.fromkeys((row["width"], row["experts"]) for row in measured))
+    programs = list(dict.fromkeys(row["program"] for row in measured))
+    figure = Figure(figsize=(3.2 * len(decoders), 3.4), layout="constrained")
+    figure.suptitle(f"Training step, tokens per second, {title}")
+    for panel, (width, experts) in zip(
+        figure.subplots(1, len(decoders), squeeze=False)[0], decoders, strict=True
+    ):
+        own = [row for row in measured if (row["width"], row["experts"]) == (width, experts)]
+        for row in own:
+            color = f"C{programs.index(row['program'])}"
+            bar = panel.bar(row["program"], row["tokens_per_second"], color=color)
+            panel.bar_label(bar, fmt="{:,.0f}", fontsize=8)
+        panel.set_title(
+            f"width {width}, {f'{experts} experts' if experts else 'dense'}", fontsize=10
+        )
+        panel.set_xticks(
+            range(len(own)), [row["program"].replace(" ", "\n") for row in own], fontsize=8
+        )
+        panel.set_yticks([])
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(str(path), dpi=120)
+
+
 def save_layer_benchmark(rows: Records, title: str, path: epath.PathLike) -> None:
     """Draws what MoE layers cost relative to the balanced floor, one panel per variant.
 

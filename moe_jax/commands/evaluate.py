@@ -96,7 +96,7 @@ def _evaluate_checkpoint(folder: str) -> None:
     config = command_line.experiment(_CONFIG.value)
     mesh_config = parse_mesh(_MESH.value, MeshConfig())
     mesh_config.validate()
-    force_host_devices(mesh_config.host_devices)
+    force_host_devices(mesh_config.devices_of_process)
     mesh = make_mesh(mesh_config)
     model = load(folder, mesh)
     if isinstance(model.config, EncoderDecoderConfig):

@@ -86,7 +86,7 @@ def _open_checkpoint(checkpoint: str) -> tuple[Any, Mesh, Tokenizer]:
     folder = folder_named(checkpoint)
     config = parse_mesh(_MESH.value, MeshConfig())
     config.validate()
-    force_host_devices(config.host_devices)
+    force_host_devices(config.devices_of_process)
     mesh = make_mesh(config)
     model, tokenizer = load_decoder(folder, mesh)
     return model, mesh, tokenizer

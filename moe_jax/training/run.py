@@ -56,7 +56,7 @@ class Run:
         """
         config.validate()
         experiment.check_can_be_rebuilt(config)
-        force_host_devices(config.mesh.host_devices)
+        force_host_devices(config.mesh.devices_of_process)
         mesh = make_mesh(config.mesh)
         multihost.check_mesh(mesh)
         multihost.only_first_informs()

@@ -197,7 +197,7 @@ FIELDS = [
     field("mesh.data", "64", "batch_size is 64|256 devices"),
     field("mesh.expert", "3", "expert"),
     field("mesh.expert", "-1", "mesh.expert is -1"),
-    field("mesh.host_devices", "0", "host_devices is 0"),
+    field("mesh.host_devices", "-1", "host_devices is -1|with 0 it has"),
     field("mesh.host_devices", "100000", "host_devices is 100000|at most"),
     field("microbatches", "0", "microbatches is 0"),
     field("microbatches", "3", "microbatches is 3"),

@@ -245,7 +245,6 @@ def slurm(tmp_path, data_dir):
         }  # fmt: skip
         flags = [
             "--steps=12", f"--config.data.data_dir={data_dir}", "--config.checkpoint.every=20",
-            f"--config.mesh.host_devices={8 // tasks}",
         ]  # fmt: skip
         process = subprocess.Popen(
             ["bash", "launch/slurm.sbatch", *flags], cwd=ROOT, env=environment,

@@ -4,6 +4,7 @@ import sys
 
 import jax
 import pytest
+from jax._src import distributed
 
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import (
@@ -48,12 +49,14 @@ def test_host_devices_cannot_change_once_jax_runs():
         make_mesh("data:16")
 
 
-@pytest.mark.parametrize(("given", "threads"), [("", "32"), ("5", "5")])
-def test_host_devices_have_threads_enough_for_collectives_that_wait(given, threads):
-    """And a number that the user chose stays."""
+@pytest.mark.parametrize(
+    ("devices", "given", "threads"), [(8, "", "32"), (8, "5", "5"), (1, "", "None")]
+)
+def test_host_devices_have_threads_enough_for_collectives_that_wait(devices, given, threads):
+    """A number that the user chose stays, and one device waits for none."""
     code = (
-        "import os; from moe_jax.parallel.mesh import force_host_devices; force_host_devices(8);"
-        "print(os.environ['PJRT_NPROC'])"
+        "import os; from moe_jax.parallel.mesh import force_host_devices;"
+        f"force_host_devices({devices}); print(os.environ.get('PJRT_NPROC'))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
     environment |= {"PJRT_NPROC": given} if given else {}
@@ -68,7 +71,16 @@ def test_sizes():
     assert (config.size, config.token_shards) == (24, 6)
 
 
-@pytest.mark.parametrize("name", [*AXES, "host_devices"])
+def test_a_cpu_pretends_to_have_what_the_mesh_needs(monkeypatch):
+    assert MeshConfig().devices_of_process == 1
+    assert MeshConfig(data=2, expert=4).devices_of_process == 8
+    assert MeshConfig(data=2, expert=4, host_devices=16).devices_of_process == 16
+    monkeypatch.setattr(distributed.global_state, "num_processes", 2)
+    assert MeshConfig(data=2, expert=4).devices_of_process == 4
+    assert MeshConfig(data=3).devices_of_process == 2
+
+
+@pytest.mark.parametrize("name", AXES)
 def test_an_axis_without_devices_is_an_error(name):
     with pytest.raises(UserError, match=f"mesh.{name} is 0; it must be at least 1 device"):
         MeshConfig(**{name: 0}).validate()

@@ -48,7 +48,6 @@ class Starter:
         flags = [
             "--config=tests/training/one_block.py",
             f"--config.data.data_dir={self.data_dir}",
-            f"--config.mesh.host_devices={8 // self.count}",
             f"--workdir={workdir}",
         ]
         if self.count > 1:

@@ -50,7 +50,6 @@ def run_processes(data_dir, workdir, count, signal_name="SIGTERM", at_step=0) ->
     flags = [
         "--config=tests/training/one_block.py",
         f"--config.data.data_dir={data_dir}",
-        f"--config.mesh.host_devices={8 // count}",
         f"--workdir={workdir}",
         f"--coordinator={address}",
         f"--process_count={count}",
