@@ -5,6 +5,8 @@
     python experiments/generate.py --workdir=runs/translation \
         --prompt='translate English to German: Save the file' --beams=4
     python experiments/generate.py --checkpoint=hf:PATH --mesh=expert:8 --prompt='Once upon a time'
+    python experiments/generate.py --checkpoint=hf:PATH --temperature=0 \
+        --prompt='A <extra_id_0> walks into a bar.'
 
 All prompts are decoded in one batch, with a key-value cache.
 """
@@ -18,14 +20,14 @@ from jax.sharding import Mesh
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.decoding.generation import generate_texts
 from moe_jax.errors import UserError
-from moe_jax.interop.huggingface.loading import folder_named, load_decoder
+from moe_jax.interop.huggingface.loading import folder_named, load_with_tokenizer
 from moe_jax.models.encoder_decoder import EncoderDecoderConfig
 from moe_jax.parallel.mesh import MeshConfig, force_host_devices, make_mesh, parse_mesh
 from moe_jax.training.trained import Trained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "In place of workdir: hf:PATH, a folder with a decoder of Hugging Face's."
+    "checkpoint", None, "In place of workdir: hf:PATH, a folder of Hugging Face's."
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", ["The "], "Text to continue; may be given again.")
 _NEW = flags.DEFINE_integer(
@@ -88,7 +90,7 @@ def _open_checkpoint(checkpoint: str) -> tuple[Any, Mesh, Tokenizer]:
     config.validate()
     force_host_devices(config.host_devices)
     mesh = make_mesh(config)
-    model, tokenizer = load_decoder(folder, mesh)
+    model, tokenizer = load_with_tokenizer(folder, mesh)
     return model, mesh, tokenizer
 
 

@@ -272,6 +272,39 @@ OF_A_RUN = [
     case(GENERATE, "--checkpoint=hf:{tmp}/loop", words="loop"),
 ]
 
+TO_TEXT = "--config=configs/tiny/encoder_decoder.py"
+
+OF_A_CHECKPOINT = [
+    case(EVALUATE, "--checkpoint=hf:{tmp}/hf_t5", CONFIG, words="hf_t5|LanguageModeling|--config="),
+    case(EVALUATE, "--checkpoint=hf:{tmp}/hf_t5", TO_TEXT, words="0 of T5's sentinels|5 spans|lower"),
+    case(
+        EVALUATE, "--checkpoint=hf:{tmp}/hf_t5", TO_TEXT, "--config.data.input_length=1",
+        words="data.input_length is 1|at least 3",
+    ),
+    case(
+        EVALUATE, "--checkpoint=hf:{tmp}/hf_without_tokenizer", TO_TEXT,
+        words="hf_without_tokenizer has no tokenizer.json|save_pretrained",
+    ),
+    case(EVALUATE, "--checkpoint=hf:{tmp}/hf_pads_with_3", TO_TEXT, words="pad_token_id=3|with 0"),
+    case(
+        EVALUATE, "--checkpoint=hf:{tmp}/hf_large_tokenizer", TO_TEXT,
+        words="tokenizer.json of 53 tokens|vocab_size=48",
+    ),
+    case(
+        GENERATE, "--checkpoint=hf:{tmp}/hf_without_tokenizer",
+        words="hf_without_tokenizer has no tokenizer.json|save_pretrained",
+    ),
+    case(
+        GENERATE, "--checkpoint=hf:{tmp}/hf_without_start",
+        words="decoder_start_token_id=None|name the token that targets begin with",
+    ),
+    case(
+        GENERATE, "--checkpoint=hf:{tmp}/hf_large_tokenizer", "--prompt=1 48",
+        words="token 51|vocab_size is 48",
+    ),
+    case(GENERATE, "--checkpoint=hf:{tmp}/hf_t5", "--beams=2", "--top_k=3", words="beams|top_k"),
+]  # fmt: skip
+
 OTHERS = [
     case("experiments/prepare_data.py", words="--dataset"),
     case("experiments/prepare_data.py", "--dataset=imagenet", words="imagenet|mnist5k"),
@@ -317,4 +350,4 @@ OTHERS = [
     case("experiments/router_table.py", "--output={tmp}", words="{tmp}"),
 ]  # fmt: skip
 
-CASES = [*FLAGS, *CONFIG_FILES, *FIELDS, *OF_A_RUN, *OTHERS]
+CASES = [*FLAGS, *CONFIG_FILES, *FIELDS, *OF_A_RUN, *OF_A_CHECKPOINT, *OTHERS]
