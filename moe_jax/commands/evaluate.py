@@ -127,7 +127,7 @@ def _check_task(folder: str, model: Any, task: Task) -> None:
     if isinstance(model.config, EncoderDecoderConfig) != isinstance(task, TextToText):
         such: dict[type, str] = {EncoderDecoder: "tiny/encoder_decoder", Vision: "tiny/vision"}
         raise UserError(
-            f"{folder} holds a {type(model).__name__}, but the task of --config is "
+            f"{folder} has a model {type(model).__name__}, but the task of --config is "
             f"{type(task).__name__}; name a config with a task of such models, as "
             f"--config=configs/{such.get(type(model), 'quickstart')}.py has."
         )

@@ -39,7 +39,7 @@ _NEW = flags.DEFINE_integer(
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k most probable tokens; 0: all.")
 _BEAMS = flags.DEFINE_integer(
-    "beams", 0, "Search with so many hypotheses instead of drawing; 0: draw.", lower_bound=0
+    "beams", 0, "Search with so many hypotheses instead of drawing; 0: draw."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 _MESH = flags.DEFINE_string(
@@ -63,6 +63,11 @@ def main() -> None:
 
 
 def _check_flags() -> None:
+    if _BEAMS.value < 0:
+        raise UserError(
+            f"--beams is {_BEAMS.value}; it must be the number of hypotheses to search with, or 0 to "
+            "draw."
+        )
     for name in ("temperature", "top_k", "seed"):
         if _BEAMS.value and flags.FLAGS[name].present:
             raise UserError(

@@ -306,5 +306,5 @@ def _check_languages(config: PairData, dataset: OpenedDataset) -> None:
         if language not in dataset.features:
             raise UserError(
                 f"data.pairs has the language {language!r}, which dataset={dataset.name!r} lacks; it "
-                f"has {', '.join(dataset.features)}."
+                f"has {', '.join(dataset.features)}; name pairs of them."
             )
