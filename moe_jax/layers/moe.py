@@ -10,6 +10,7 @@ Axis letters
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -80,8 +81,16 @@ class MoEConfig(Component):
     shared_mix: BranchMix = BranchMix.SUM
     group_rows: int = field(1, at_least=1)
 
-    def validate(self, num_experts: int) -> None:
-        """Raises UserError where the layer could not be built with E experts."""
+    def validate(self, num_experts: int, path: str = "moe") -> None:
+        """Raises UserError where the layer could not be built with E experts; `path` is its own."""
+        try:
+            self._validate(num_experts)
+        except UserError as error:
+            # Routers, capacity and dispatch know their own names only.
+            told = re.sub(r"^moe\.|^(?=(router|capacity|dispatch)\.)", f"{path}.", str(error))
+            raise UserError(told) from error
+
+    def _validate(self, num_experts: int) -> None:
         self.check_ranges("moe")
         self.router.validate(num_experts)
         self.capacity.validate()
