@@ -169,10 +169,17 @@ def _given_as(path: str) -> tuple[str, str]:
     Returns:
       such as ("--workdir", "runs/x"), the longest value of several; ("", "") where none is known.
     """
-    target, best = os.path.abspath(path), ("", "")
+    try:
+        here = os.getcwd()
+    except OSError:  # It was removed, and relative paths lead nowhere.
+        return "", ""
+    target, best = os.path.normpath(os.path.join(here, path)), ("", "")
     for name, value in _given_texts():
-        folder = os.path.abspath(os.path.expanduser(value.removeprefix("hf:")))
-        if (target == folder or target.startswith(folder + os.sep)) and len(value) > len(best[1]):
+        given = os.path.expanduser(value.removeprefix("hf:"))
+        folder = os.path.normpath(os.path.join(here, given))
+        # Much lies below "." or "/" for other reasons.
+        below = target.startswith(folder + os.sep) and not f"{here}/".startswith(f"{folder}/")
+        if (target == folder or below) and len(value) > len(best[1]):
             best = name, value
     return best
 

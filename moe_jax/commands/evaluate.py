@@ -6,8 +6,8 @@
 
 A Hugging Face folder is evaluated on the data and the task of a config, on text in the folder's own
 tokens; the rest of the config is not read. An encoder and decoder needs a config whose task is
-TextToText, such as configs/tiny/encoder_decoder.py or configs/tiny/translation.py. Of a run the newest good checkpoint is used;
---mesh=data:1,expert:2 evaluates on another mesh than the run's.
+TextToText, such as configs/tiny/encoder_decoder.py or configs/tiny/translation.py. Of a run the
+newest good checkpoint is used; --mesh=data:1,expert:2 evaluates on another mesh than the run's.
 --routing also writes where every token went, summed up, to the run's folder: load, balance, drops by
 position, experts by domain, co-activation and more, as routing_<split>_<step>.json and .png.
 """
@@ -147,8 +147,8 @@ def _in_folder_tokens(folder: str, model: Any, data: CorpusData) -> CorpusData:
         )
     if isinstance(model.config, EncoderDecoderConfig) and tokenizer.PAD != Tokenizer.PAD:
         raise UserError(
-            f"{folder} has pad_token_id={tokenizer.PAD}, but inputs and targets are padded with "
-            f"{Tokenizer.PAD}, as T5's and Switch's are; evaluate a folder that pads so."
+            f"{folder} pads with token {tokenizer.PAD} (pad_token_id), but inputs and targets are "
+            f"padded with {Tokenizer.PAD}, as T5's and Switch's are; evaluate a folder that pads so."
         )
     tokens = FolderTokens(folder=folder, extra_ids=tokenizer.extra_ids)
     data.check_ranges("data")

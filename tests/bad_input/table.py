@@ -312,7 +312,7 @@ OF_A_CHECKPOINT = [
         EVALUATE, "--checkpoint=hf:{tmp}/hf_without_tokenizer", TO_TEXT,
         words="hf_without_tokenizer has no tokenizer.json|save_pretrained",
     ),
-    case(EVALUATE, "--checkpoint=hf:{tmp}/hf_pads_with_3", TO_TEXT, words="pad_token_id=3|with 0"),
+    case(EVALUATE, "--checkpoint=hf:{tmp}/hf_pads_with_3", TO_TEXT, words="pads with token 3 (pad_token_id)|with 0"),
     case(
         EVALUATE, "--checkpoint=hf:{tmp}/hf_large_tokenizer", TO_TEXT,
         words="tokenizer.json of 53 tokens|vocab_size=48",
