@@ -1,6 +1,6 @@
 """What the scripts in experiments/ share: the --config flag, one-sentence errors, JSON output."""
 
-import difflib
+import dataclasses
 import errno
 import logging
 import os
@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from moe_jax import component
-from moe_jax.errors import UserError, user_error_behind, where_it_failed
+from moe_jax.errors import UserError, names_instead, user_error_behind, where_it_failed
 from moe_jax.parallel import ending
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.loop import Interrupted
@@ -33,6 +33,9 @@ _WANTED = {
     r"invalid literal for int\(\)": "a whole number",
     "could not convert string to float": "a number",
     r"\('Non-boolean argument to boolean flag'": "true or false",
+    r"value should be one of <(.*)>": r"one of \1",
+    r"\S+ is not a positive integer": "at least 1",
+    r"\S+ is not a non-negative (?:integer|number)": "at least 0",
 }
 # What to do about an operating system's error, by its number; for all others see `_of_system`.
 _REMEDIES = {
@@ -146,10 +149,58 @@ def _of_system(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     if error.filename is None:
         return f"the operating system refused: {reason}."
-    shown = str(error.filename)  # A number where a file was opened by its descriptor.
-    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    path = str(error.filename)  # A number where a file was opened by its descriptor.
     remedy = _REMEDIES.get(error.errno or 0, "name a place that can be written to")
-    return f"{shown}: {reason}; {remedy}."
+    if os.path.islink(path) and not os.path.exists(path):
+        remedy = _REMEDIES[errno.ELOOP]
+    name, value = _given_as(path)
+    where = f"{name}={_shortened(value)}: " if name else ""
+    where += "" if value == path else f"{_shortened(path)}: "
+    return f"{where}{reason}; {remedy}."
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= 200 else f"{path[:200]}..."
+
+
+def _given_as(path: str) -> tuple[str, str]:
+    """The flag or config field whose value is `path` or a folder above it, and the value.
+
+    Returns:
+      such as ("--workdir", "runs/x"), the longest value of several; ("", "") where none is known.
+    """
+    try:
+        here = os.getcwd()
+    except OSError:  # It was removed, and relative paths lead nowhere.
+        return "", ""
+    target, best = os.path.normpath(os.path.join(here, path)), ("", "")
+    for name, value in _given_texts():
+        given = os.path.expanduser(value.removeprefix("hf:"))
+        folder = os.path.normpath(os.path.join(here, given))
+        # Much lies below "." or "/" for other reasons.
+        below = target.startswith(folder + os.sep) and not f"{here}/".startswith(f"{folder}/")
+        if (target == folder or below) and len(value) > len(best[1]):
+            best = name, value
+    return best
+
+
+def _given_texts() -> Iterator[tuple[str, str]]:
+    """All flags and fields of --config that are texts: ("--workdir", "runs/x")."""
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if isinstance(value, Experiment):
+            yield from _texts_of(value, f"--{name}")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text:
+                yield f"--{name}", text
+
+
+def _texts_of(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, str) and node:
+        yield path, node
+    if dataclasses.is_dataclass(node):
+        for field in dataclasses.fields(node):
+            yield from _texts_of(getattr(node, field.name), f"{path}.{field.name}")
 
 
 def _main(main: Callable[[], None], argv: Sequence[str]) -> None:
@@ -216,12 +267,20 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
 def _sentence(message: str) -> str:
     """absl writes in several lines and sentences, such as 'Unknown flag x. Did you mean: y ?'."""
     message = " ".join(message.split()).rstrip(".")
-    for pattern, kind in _WANTED.items():
-        if found := re.fullmatch(rf"flag (--[\w.]+)=(.*?): {pattern}.*", message):
-            return f"{found[1]} is {found[2]!r}; it must be {kind}."
+    if found := re.fullmatch(
+        r"Unknown command line flag '(.*?)'(\. Did you mean: (.*?) \?)?", message
+    ):
+        near = f"the nearest is --{found[3]}" if found[3] else "--help lists those that there are"
+        return f"there is no flag --{found[1]}; {near}."
     if found := re.fullmatch(r"flag (--\w+)=None: Flag .* other than None", message):
-        return f"{found[1]} is not given; --help says what it takes."
-    return re.sub(r"\. Did you mean: (.*?) \?", r"; did you mean \1", message) + "."
+        return f"{found[1]} is not given; write {found[1]}=VALUE, and --help says what it takes."
+    if not (found := re.fullmatch(r"flag (--[\w.]+)=(.*?): (.*)", message)):
+        return message + "."
+    name, value, complaint = found.groups()
+    for pattern, kind in _WANTED.items():
+        if wanted := re.match(pattern, complaint):
+            return f"{name} is {value!r}; it must be {wanted.expand(kind).replace('|', ', ')}."
+    return f"{name} is {value!r}; {complaint}."
 
 
 def _wrong_config(argv: Sequence[str], error: Exception) -> str:
@@ -255,11 +314,11 @@ def _unknown_field(argv: Sequence[str]) -> str:
         for name in path:
             known = sorted(vars(node)) if hasattr(node, "__dict__") else []
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                return (
-                    f"--config.{'.'.join(path)}: {seen} has no field {name!r}; {hint}"
-                    f"its fields are {', '.join(known) or 'set in the config file'}."
-                )
+                given = f"--config.{'.'.join(path)}"
+                if not known:
+                    return f"{given}: {seen} has no fields; set {seen} in the config file."
+                everything = component.documentation(type(node))
+                instead = names_instead(name, known, "fields", everything)
+                return f"{given}: {seen} has no field {name!r}; {instead}."
             node, seen = getattr(node, name), f"{seen}.{name}"
     return "a --config override names a field that does not exist."

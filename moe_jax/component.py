@@ -171,6 +171,13 @@ def is_own(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == _PACKAGE
 
 
+def documentation(cls: type) -> str:
+    """Where all fields of a class are listed, for an error's sentence."""
+    if is_own(cls):
+        return f"python -m pydoc {cls.__module__}.{cls.__qualname__}"
+    return f"the class {cls.__qualname__} in {source(cls) or 'the notebook'}"
+
+
 def find(name: str, origin: Any = None) -> type:
     """The class of a tag.
 

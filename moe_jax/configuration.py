@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_jax import component
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, names_instead
 
 TYPE_TAG = "type"
 
@@ -67,9 +67,8 @@ def decode(tree: Any, origins: Any = None) -> Any:
         if key == TYPE_TAG:
             continue
         if key not in known:
-            raise UserError(
-                f"{cls.__name__} has no field {key!r}; its fields are {', '.join(sorted(known))}."
-            )
+            instead = names_instead(key, sorted(known), "fields", component.documentation(cls))
+            raise UserError(f"{cls.__name__} has no field {key!r}; {instead}.")
         value, hint = decode(item, origins), hints[key]
         if isinstance(hint, type) and issubclass(hint, enum.Enum):
             value = _choice(f"{cls.__name__}.{key}", value, hint)

@@ -1,7 +1,11 @@
 """The one exception whose message is written for the person at the keyboard."""
 
+import difflib
 import pathlib
 import traceback
+from collections.abc import Iterable
+
+_MOST_NAMES = 10
 
 
 class UserError(ValueError):
@@ -20,6 +24,34 @@ def user_error_behind(error: BaseException) -> UserError | None:
         found = behind if isinstance(behind, UserError) else found
         behind = behind.__cause__ or behind.__context__
     return found
+
+
+def names_instead(name: str, known: Iterable[str], kind: str, everything: str) -> str:
+    """What to write instead of a name that does not exist, in half a sentence.
+
+    Args:
+      name: what was written.
+      known: all names.
+      kind: of what they are, such as "fields".
+      everything: how to see all, where there are more than 10.
+
+    Returns:
+      "the nearest is 'width', and other fields are head_width, mlp_width"; without a similar one
+      "its fields are head_width, mlp_width".
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=_MOST_NAMES, cutoff=0)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    # All are listed as they stand, a choice by likeness.
+    listed = near if len(known) > _MOST_NAMES else known
+    others = [other for other in listed if other not in nearest]
+    more = len(known) - len(listed)
+    rest = f" and {more} more, which {everything} shows" if more else ""
+    if not nearest:
+        return f"its {kind} are {', '.join(others)}{rest}"
+    return f"the nearest is {nearest[0]!r}" + (
+        f", and other {kind} are {', '.join(others)}{rest}" if others else ""
+    )
 
 
 def where_it_failed(error: BaseException, file: pathlib.Path) -> str:

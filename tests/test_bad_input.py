@@ -45,7 +45,7 @@ def one_sentence(message: str) -> bool:
         ([f"--config={CONFIG}", "--steps=ten"], ["steps", "ten"]),
         (
             [f"--config={CONFIG}", "--config.model.widht=64"],
-            ["--config.model.widht", "widht", "did you mean 'width'", "num_heads"],
+            ["--config.model.widht", "no field 'widht'; the nearest is 'width'", "mlp_width"],
         ),
         (
             [f"--config={CONFIG}", "--config.model.moe.router.q=2"],
@@ -81,8 +81,8 @@ def test_command_line(arguments, words):
         ("model.moe.capacity.train_factor", 0.0, ["train_factor is 0.0", "zero capacity", "1.25"]),
         ("model.moe.capacity.train_factor", float("inf"), ["train_factor is inf", "finite"]),
         ("model.init_scale", -1.0, ["model.init_scale is -1.0", "above 0"]),
-        ("model.moe.group_size", 600, ["moe.group_size is 600", "8192 tokens", "divisor"]),
-        ("model.moe.group_size", 4096, ["2 groups", "4096", "8 shards", "smaller group_size"]),
+        ("model.moe.group_size", 600, ["moe.group_size is 600", "8192 tokens", "512 works"]),
+        ("model.moe.group_size", 4096, ["2 groups", "4096", "8 shards", "1024 works"]),
         ("microbatches", 0, ["microbatches is 0", "at least 1"]),
         ("microbatches", 3, ["microbatches is 3", "data.batch_size=64"]),
         ("microbatches", 16, ["data.batch_size / microbatches is 4", "8 devices"]),

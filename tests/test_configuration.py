@@ -75,7 +75,10 @@ def test_the_quickstart_round_trips_and_is_valid():
 
 def test_an_unknown_field_is_named():
     tree = {**configuration.encode(Paint()), "coat": 2}
-    with pytest.raises(UserError, match=r"Paint has no field 'coat'; its fields are coats, color"):
+    with pytest.raises(
+        UserError,
+        match=r"Paint has no field 'coat'; the nearest is 'coats', and other fields are color",
+    ):
         configuration.decode(tree)
 
 

@@ -5,8 +5,9 @@
     python experiments/evaluate.py --checkpoint=hf:PATH --config=configs/quickstart.py [--mesh=expert:8]
 
 A Hugging Face folder is evaluated on the data and the task of a config, on text in the folder's own
-tokens; the rest of the config is not read. Of a run the newest good checkpoint is used;
---mesh=data:1,expert:2 evaluates on another mesh than the run's.
+tokens; the rest of the config is not read. An encoder and decoder needs a config whose task is
+TextToText, such as configs/tiny/encoder_decoder.py or configs/tiny/translation.py. Of a run the
+newest good checkpoint is used; --mesh=data:1,expert:2 evaluates on another mesh than the run's.
 --routing also writes where every token went, summed up, to the run's folder: load, balance, drops by
 position, experts by domain, co-activation and more, as routing_<split>_<step>.json and .png.
 """
@@ -24,12 +25,17 @@ from moe_jax import command_line
 from moe_jax.analysis import routing_report
 from moe_jax.data.corpus import CorpusData
 from moe_jax.data.interface import Pipeline
+from moe_jax.data.span_corruption import SpanCorruptionData
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.interop.huggingface.loading import folder_named, load
-from moe_jax.interop.huggingface.tokenizer import FolderTokens
+from moe_jax.interop.huggingface.tokenizer import FolderTokenizer, FolderTokens
 from moe_jax.models.abstract_model import arrays_of
-from moe_jax.models.encoder_decoder import EncoderDecoderConfig
+from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from moe_jax.models.vision import Vision
 from moe_jax.parallel.mesh import MeshConfig, force_host_devices, make_mesh, parse_mesh
+from moe_jax.tasks.task import Task
+from moe_jax.tasks.text_to_text import TextToText
 from moe_jax.training import metrics
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.observation import routing_statistics
@@ -99,14 +105,10 @@ def _evaluate_checkpoint(folder: str) -> None:
     force_host_devices(mesh_config.devices_of_process)
     mesh = make_mesh(mesh_config)
     model = load(folder, mesh)
-    if isinstance(model.config, EncoderDecoderConfig):
-        raise UserError(
-            f"{folder} holds a {type(model).__name__}, whose targets begin and end with other tokens "
-            "than the data's; name a folder of a decoder or of an image model."
-        )
+    _check_task(folder, model, config.task)
     data = config.data
     if isinstance(data, CorpusData):
-        data = dataclasses.replace(data, tokenizer=FolderTokens(folder=folder))
+        data = _in_folder_tokens(folder, model, data)
     config = dataclasses.replace(
         config, model=model.config, data=data, mesh=mesh_config, microbatches=1
     )
@@ -114,6 +116,50 @@ def _evaluate_checkpoint(folder: str) -> None:
     parameters, variables = arrays_of(model)
     run = Run.on(config, mesh)
     _evaluate(run, config.data.open(config.seed), parameters, variables, {"checkpoint": folder})
+
+
+def _check_task(folder: str, model: Any, task: Task) -> None:
+    """Whether folder and config are both of texts to texts, or neither.
+
+    Raises:
+      UserError: one of them is.
+    """
+    if isinstance(model.config, EncoderDecoderConfig) != isinstance(task, TextToText):
+        such: dict[type, str] = {EncoderDecoder: "tiny/encoder_decoder", Vision: "tiny/vision"}
+        raise UserError(
+            f"{folder} has a model {type(model).__name__}, but the task of --config is "
+            f"{type(task).__name__}; name a config with a task of such models, as "
+            f"--config=configs/{such.get(type(model), 'quickstart')}.py has."
+        )
+
+
+def _in_folder_tokens(folder: str, model: Any, data: CorpusData) -> CorpusData:
+    """The data in the tokens of the folder.
+
+    Raises:
+      UserError: the tokens do not fit the model, or rows cannot be made of them.
+    """
+    tokenizer = FolderTokenizer.load(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{folder} has a tokenizer.json of {tokenizer.vocab_size} tokens, but a model of "
+            f"vocab_size={model.config.vocab_size}; copy the tokenizer of this model there."
+        )
+    if isinstance(model.config, EncoderDecoderConfig) and tokenizer.PAD != Tokenizer.PAD:
+        raise UserError(
+            f"{folder} pads with token {tokenizer.PAD} (pad_token_id), but inputs and targets are "
+            f"padded with {Tokenizer.PAD}, as T5's and Switch's are; evaluate a folder that pads so."
+        )
+    tokens = FolderTokens(folder=folder, extra_ids=tokenizer.extra_ids)
+    data.check_ranges("data")
+    if isinstance(data, SpanCorruptionData) and tokens.extra_ids < data.lengths.spans:
+        raise UserError(
+            f"{folder} has a tokenizer.json with {tokens.extra_ids} of T5's sentinels (<extra_id_0> "
+            f"and on), but the {data.lengths.spans} spans of data.input_length={data.input_length} "
+            "need one each; lower data.input_length, or name a config of translations, such as "
+            "--config=configs/tiny/translation.py."
+        )
+    return dataclasses.replace(data, tokenizer=tokens)
 
 
 def _evaluate(

@@ -5,6 +5,8 @@
     python experiments/generate.py --workdir=runs/translation \
         --prompt='translate English to German: Save the file' --beams=4
     python experiments/generate.py --checkpoint=hf:PATH --mesh=expert:8 --prompt='Once upon a time'
+    python experiments/generate.py --checkpoint=hf:PATH --temperature=0 \
+        --prompt='A <extra_id_0> walks into a bar.'
 
 All prompts are decoded in one batch, with a key-value cache.
 """
@@ -18,14 +20,14 @@ from jax.sharding import Mesh
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.decoding.generation import generate_texts
 from moe_jax.errors import UserError
-from moe_jax.interop.huggingface.loading import folder_named, load_decoder
+from moe_jax.interop.huggingface.loading import folder_named, load_with_tokenizer
 from moe_jax.models.encoder_decoder import EncoderDecoderConfig
 from moe_jax.parallel.mesh import MeshConfig, force_host_devices, make_mesh, parse_mesh
 from moe_jax.training.trained import Trained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "In place of workdir: hf:PATH, a folder with a decoder of Hugging Face's."
+    "checkpoint", None, "In place of workdir: hf:PATH, a folder of Hugging Face's."
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", ["The "], "Text to continue; may be given again.")
 _NEW = flags.DEFINE_integer(
@@ -37,7 +39,7 @@ _NEW = flags.DEFINE_integer(
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k most probable tokens; 0: all.")
 _BEAMS = flags.DEFINE_integer(
-    "beams", 0, "Search with so many hypotheses instead of drawing; 0: draw.", lower_bound=0
+    "beams", 0, "Search with so many hypotheses instead of drawing; 0: draw."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 _MESH = flags.DEFINE_string(
@@ -61,6 +63,11 @@ def main() -> None:
 
 
 def _check_flags() -> None:
+    if _BEAMS.value < 0:
+        raise UserError(
+            f"--beams is {_BEAMS.value}; it must be the number of hypotheses to search with, or 0 to "
+            "draw."
+        )
     for name in ("temperature", "top_k", "seed"):
         if _BEAMS.value and flags.FLAGS[name].present:
             raise UserError(
@@ -88,7 +95,7 @@ def _open_checkpoint(checkpoint: str) -> tuple[Any, Mesh, Tokenizer]:
     config.validate()
     force_host_devices(config.devices_of_process)
     mesh = make_mesh(config)
-    model, tokenizer = load_decoder(folder, mesh)
+    model, tokenizer = load_with_tokenizer(folder, mesh)
     return model, mesh, tokenizer
 
 

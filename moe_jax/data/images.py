@@ -109,7 +109,7 @@ class LabelledImages(Sequence[Row]):
         """One row, or those of a slice."""
         if isinstance(index, slice):
             return LabelledImages(self._dataset, self._numbers[index], self._config)
-        example = self._dataset.examples[int(self._numbers[index])]
+        example = self._dataset.example(int(self._numbers[index]))
         image = fitted(example[self._config.image_feature], self._config.image_size)
         return {"image": image, "label": np.array(example[self._config.label_feature], np.int32)}
 
@@ -282,7 +282,9 @@ def _read_labels(dataset: OpenedDataset, config: ImageData) -> np.ndarray:
     numbers = range(len(examples))
     # Many records at a time: one by one, those of 55,000 images take three times as long.
     parts = (undecoded.__getitems__(numbers[i : i + 4096]) for i in numbers[::4096])
-    return np.array([example[config.label_feature] for part in parts for example in part], np.int64)
+    with dataset.reading():
+        labels = [example[config.label_feature] for part in parts for example in part]
+        return np.array(labels, np.int64)
 
 
 def _by_domain(

@@ -245,14 +245,18 @@ def _check_features(
     fields = [("text_feature", feature) for feature in text_features]
     for field, feature in (*fields, ("domain_feature", domain_feature)):
         if feature not in dataset.features and (feature or field == "text_feature"):
-            hint = "; the empty string makes it one domain" if field == "domain_feature" else ""
+            hint = ", or the empty string for one domain" if field == "domain_feature" else ""
             raise UserError(
                 f"{field}={feature!r} is not a feature of {dataset.name!r}, which has "
-                f"{', '.join(dataset.features)}{hint}."
+                f"{', '.join(dataset.features)}; name one of them{hint}."
             )
     for feature in text_features:
         if not isinstance(dataset.features[feature], tfds.features.Text):
-            raise UserError(f"text_feature={feature!r} of {dataset.name!r} does not hold text.")
+            texts = [n for n, f in dataset.features.items() if isinstance(f, tfds.features.Text)]
+            instead = f"name one of {', '.join(texts)}" if texts else "choose a dataset of text"
+            raise UserError(
+                f"text_feature={feature!r} of {dataset.name!r} does not hold text; {instead}."
+            )
 
 
 def _write_streams(

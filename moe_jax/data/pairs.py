@@ -136,10 +136,21 @@ class TranslationTokens:
       ends: int64 [examples, P], where the token follows that ends it.
     """
 
-    def __init__(self, tokens: np.ndarray, num_languages: int) -> None:
-        """Finds the texts of `tokens`, a domain of `TokenStreams`."""
+    def __init__(self, tokens: np.ndarray, num_languages: int, tokenizer: Tokenizer) -> None:
+        """Finds the texts of `tokens`, a domain of `TokenStreams`.
+
+        Raises:
+          UserError: a text has a token in it that only stands between texts.
+        """
         self.tokens = tokens
-        ends = np.flatnonzero((tokens == Tokenizer.BOS) | (tokens == Tokenizer.EOS))
+        ends = np.flatnonzero(np.isin(tokens, (tokenizer.BOS, tokenizer.EOS)))
+        between = [*[tokenizer.BOS] * (num_languages - 1), tokenizer.EOS]
+        if len(ends) % num_languages or (tokens[ends].reshape(-1, num_languages) != between).any():
+            raise UserError(
+                f"a text of the dataset has the token {tokenizer.BOS} or {tokenizer.EOS} of the "
+                f"tokenizer {tokenizer.name!r} in it, which begin and end texts (as the text </s> may "
+                "be); remove it from the dataset's texts."
+            )
         self.starts = np.concatenate([[0], ends + 1])[:-1].reshape(-1, num_languages)
         self.ends = ends.reshape(-1, num_languages)
 
@@ -160,6 +171,7 @@ class PairRows(Sequence[Row]):
         pair: tuple[int, int],
         instruction: np.ndarray,
         lengths: tuple[int, int],
+        tokenizer: Tokenizer,
     ) -> None:
         """Finds the translations of a pair.
 
@@ -168,8 +180,10 @@ class PairRows(Sequence[Row]):
           pair: numbers of the source and the target language.
           instruction: tokens that inputs begin with.
           lengths: M and N.
+          tokenizer: whose BOS and EOS frame the rows.
         """
         self._tokens, self._instruction, self._lengths = translations.tokens, instruction, lengths
+        self._begin, self._end = tokenizer.BOS, tokenizer.EOS
         columns = list(pair)
         starts, ends = translations.starts[:, columns], translations.ends[:, columns]
         exists = (ends > starts).all(axis=1)
@@ -186,11 +200,11 @@ class PairRows(Sequence[Row]):
             self._tokens[start:end]
             for start, end in zip(self._starts[index], self._ends[index], strict=True)
         )
-        end = [Tokenizer.EOS]
+        end = [self._end]
         input_length, target_length = self._lengths
         return {
             "inputs": _padded(np.concatenate([self._instruction, source, end]), input_length),
-            "targets": _padded(np.concatenate([[Tokenizer.BOS], target, end]), target_length + 1),
+            "targets": _padded(np.concatenate([[self._begin], target, end]), target_length + 1),
         }
 
     def target_counts(self, vocab_size: int) -> np.ndarray:
@@ -200,7 +214,7 @@ class PairRows(Sequence[Row]):
         steps[self._ends[:, 1]] = -1
         inside = np.cumsum(steps[:-1], dtype=np.int8) == 1
         counts = np.bincount(self._tokens[inside], minlength=vocab_size)
-        counts[Tokenizer.EOS] += len(self)
+        counts[self._end] += len(self)
         return counts
 
 
@@ -275,13 +289,15 @@ class PairPipeline(RowPipeline):
         config, languages = self._config, self._config.languages
         # A split without an example has no stream.
         tokens = next(iter(streams.values()), np.empty(0, self.tokenizer.dtype))
-        translations = TranslationTokens(tokens, len(languages))
+        translations = TranslationTokens(tokens, len(languages), self.tokenizer)
         rows = {}
         for pair in config.pairs:
             source, target = (languages.index(language) for language in pair.split("-"))
             instruction = self.tokenizer.encode(config.instruction_of(pair))
             lengths = (config.input_length, config.target_length)
-            rows[pair] = PairRows(translations, (source, target), instruction, lengths)
+            rows[pair] = PairRows(
+                translations, (source, target), instruction, lengths, self.tokenizer
+            )
         return rows
 
 
@@ -290,5 +306,5 @@ def _check_languages(config: PairData, dataset: OpenedDataset) -> None:
         if language not in dataset.features:
             raise UserError(
                 f"data.pairs has the language {language!r}, which dataset={dataset.name!r} lacks; it "
-                f"has {', '.join(dataset.features)}."
+                f"has {', '.join(dataset.features)}; name pairs of them."
             )

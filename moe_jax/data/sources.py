@@ -41,15 +41,39 @@ class OpenedDataset:
         """Yields every example in order.
 
         Raises:
-          UserError: a record cannot be read.
+          UserError: see `example`.
         """
         for index in range(len(self.examples)):
-            try:
-                example = self.examples[index]
-            except (IndexError, OSError, RuntimeError, ValueError) as error:
-                reason = str(error).partition(";")[0]
-                raise _damaged(self.directory, self.split, reason) from error
-            yield example
+            yield self.example(index)
+
+    def example(self, index: int) -> Mapping[str, Any]:
+        """One example by its number.
+
+        Raises:
+          UserError: its record cannot be read, or lacks a feature, which TFDS takes for None.
+        """
+        with self.reading():
+            example = self.examples[index]
+        for name, feature in self.features.items():
+            missing = example.get(name, "") is None
+            if missing and not getattr(feature.get_tensor_info(), "optional", False):
+                reason = f"example {index} has no {name}"
+                raise _damaged(self.directory, self.name, self.split, reason)
+        return example
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """While examples are read: a stranger's record files may hold anything.
+
+        Raises:
+          UserError: a record cannot be read or decoded.
+        """
+        try:
+            yield
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # The readers and decoders of a dataset raise what they please.
+            raise _damaged(self.directory, self.name, self.split, _reason(error)) from error
 
 
 def resolve_data_dir(data_dir: str) -> pathlib.Path:
@@ -164,7 +188,8 @@ def _find_builder(name_or_dir: str, data_dir: str) -> "tfds.core.DatasetBuilder"
     if directory.is_absolute() or name_or_dir.startswith((".", "~")):
         raise UserError(
             f"dataset={name_or_dir!r} is not the directory of a prepared dataset: it has no "
-            "dataset_info.json."
+            "dataset_info.json; name one that has, such as that of a version, ROOT/NAME/1.0.0, or one "
+            f"of the names {', '.join(builders())}."
         )
     known = builders()
     if getattr(known.get(name_or_dir), "PREPARED_ON_FIRST_USE", False):
@@ -204,7 +229,8 @@ def _cannot_open(
             f"split={split!r} of dataset={name!r} is no slice that TFDS reads; write it as in train[:10%]."
         )
     return UserError(
-        f"split={split!r} is not in dataset={name!r}, which has {', '.join(info.splits)}."
+        f"split={split!r} is not in dataset={name!r}, which has {', '.join(info.splits)}; name one of "
+        "them."
     )
 
 
@@ -227,10 +253,14 @@ def _checked_files(builder: "tfds.core.DatasetBuilder", split: str) -> dict[str,
             for file, count in zip(files, expected, strict=True)
         }
 
+    directory, full_name = builder.data_path, builder.info.full_name
     try:
         of = {"files": stamps(files), "records": expected}
+        others = [file.name for file in files if not file.is_file()]
     except (OSError, ValueError) as error:  # A path with a null byte is a ValueError.
-        raise _damaged(builder.data_path, split, str(error)) from error
+        raise _damaged(directory, full_name, split, _reason(error)) from error
+    if others:  # From a pipe or a device the reader would never return.
+        raise _damaged(directory, full_name, split, f"{others[0]} is a folder, a pipe or a device")
     return remembered(pathlib.Path(builder.data_path) / "checked" / file_name(name), of, compute)
 
 
@@ -238,14 +268,15 @@ def _checked(
     builder: "tfds.core.DatasetBuilder", split: str, file: pathlib.Path, expected: int
 ) -> str:
     """The sha256 of a file that has as many readable records as it should."""
+    directory, full_name = builder.data_path, builder.info.full_name
     try:
         found = array_record_module.ArrayRecordReader(os.fspath(file)).num_records()
         checksum = _sha256(file)
     except (OSError, RuntimeError) as error:
-        raise _damaged(builder.data_path, split, str(error).partition(";")[0]) from error
+        raise _damaged(directory, full_name, split, _reason(error)) from error
     if found != expected:
         reason = f"{file.name} has {found} readable records of {expected}"
-        raise _damaged(builder.data_path, split, reason)
+        raise _damaged(directory, full_name, split, reason)
     return checksum
 
 
@@ -254,13 +285,23 @@ def _sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _damaged(directory: os.PathLike[str], split: str, reason: str) -> UserError:
-    # Datasets live in ROOT/NAME/VERSION; the version folder is what must go.
-    directory = pathlib.Path(directory)
-    name, root = directory.parent.name, directory.parent.parent
+def _reason(error: Exception) -> str:
+    """What a reader or the operating system said, in less than a sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{pathlib.Path(str(error.filename or '')).name}: {error.strerror}"
+    told = " ".join(str(error).partition(";")[0].split()).replace(". ", ", ").rstrip(".")
+    return f"{type(error).__name__}: {told[:200]}"
+
+
+def _damaged(directory: os.PathLike[str], full_name: str, split: str, reason: str) -> UserError:
+    directory, parts = pathlib.Path(directory), full_name.split("/")
+    remedy = "bring back a copy of it, or name the folder of another dataset"
+    # A dataset that has its place in ROOT/NAME/VERSION can be made again; its version must go.
+    if directory.parts[-len(parts) :] == tuple(parts):
+        root, name = directory.parents[len(parts) - 1], "/".join(parts[:-1])
+        remedy = f"delete that folder and run `{_prepare_command(name, root)}`"
     return UserError(
-        f"the split {split!r} in {str(directory)!r} is damaged or incomplete ({reason}); delete "
-        f"that folder and run `{_prepare_command(name, root)}`."
+        f"the split {split!r} in {str(directory)!r} is damaged or incomplete ({reason}); {remedy}."
     )
 
 

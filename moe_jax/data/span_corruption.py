@@ -94,26 +94,28 @@ def _division(total: int, parts: int, random: np.random.Generator) -> np.ndarray
 
 
 def corrupt(
-    tokens: np.ndarray, mask: np.ndarray, first_sentinel: int
+    tokens: np.ndarray, mask: np.ndarray, sentinels: np.ndarray, end_token: int = Tokenizer.EOS
 ) -> tuple[np.ndarray, np.ndarray]:
     """Replaces the spans of a text.
 
     Args:
       tokens: Int32 [R].
       mask: bool [R], True in spans.
-      first_sentinel: stands for the first span; the next span's is one lower.
+      sentinels: int64 [at least S], each of which stands for a span.
+      end_token: EOS.
 
     Returns:
       Inputs int32 [M]: the text with a sentinel for every span, and EOS; and targets int32 [N]:
       every span after its sentinel, and EOS.
     """
     starts = mask & ~np.concatenate([[False], mask[:-1]])
-    sentinels = first_sentinel + 1 - np.cumsum(starts)
-    inputs = np.where(starts, sentinels, tokens)[~mask | starts]
+    # Before the first span the last sentinel, which nobody reads.
+    of_token = sentinels[np.cumsum(starts) - 1]
+    inputs = np.where(starts, of_token, tokens)[~mask | starts]
     # A sentinel is put before the first token of each span.
     first = np.flatnonzero(starts[mask])
-    targets = np.insert(tokens[mask], first, sentinels[starts])
-    end = [Tokenizer.EOS]
+    targets = np.insert(tokens[mask], first, of_token[starts])
+    end = [end_token]
     return (
         np.concatenate([inputs, end]).astype(np.int32),
         np.concatenate([targets, end]).astype(np.int32),
@@ -191,6 +193,8 @@ class SpanCorruptionPipeline(Pipeline):
     EOS. The spans are a function of seed, step and row; those of held-out rows are always the same.
     """
 
+    tokenizer: Tokenizer
+
     def __init__(
         self, config: SpanCorruptionData, seed: int, tokenizer: Tokenizer | None = None
     ) -> None:
@@ -220,7 +224,7 @@ class SpanCorruptionPipeline(Pipeline):
         self._text = TextPipeline(text, seed, tokenizer)
         self.domains, self.sha256 = self._text.domains, self._text.sha256
         self.tokenizer = self._text.tokenizer
-        self._first_sentinel = self._text.tokenizer.vocab_size - 1
+        self._sentinels = self._text.tokenizer.sentinels
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """See `Pipeline`."""
@@ -250,9 +254,9 @@ class SpanCorruptionPipeline(Pipeline):
         rows = []
         for tokens, key in zip(batch["tokens"][:, :-1], keys, strict=True):
             mask = noise_mask(self._lengths, np.random.default_rng(key))
-            rows.append(corrupt(tokens, mask, self._first_sentinel))
+            rows.append(corrupt(tokens, mask, self._sentinels, self.tokenizer.EOS))
         inputs, targets = (np.stack(column) for column in zip(*rows, strict=True))
-        begin = np.full((len(targets), 1), Tokenizer.BOS, np.int32)
+        begin = np.full((len(targets), 1), self.tokenizer.BOS, np.int32)
         others = {name: value for name, value in batch.items() if name != "tokens"}
         return {"inputs": inputs, "targets": np.concatenate([begin, targets], axis=1), **others}
 
@@ -260,5 +264,5 @@ class SpanCorruptionPipeline(Pipeline):
         """The entropy of a target's expected tokens: the text's, the sentinels once each, EOS."""
         counts = self._text.train.unigram_counts()
         text = counts / counts.sum() * self._lengths.noise
-        text[Tokenizer.EOS] += 1
+        text[self.tokenizer.EOS] += 1
         return entropy(np.concatenate([text, np.ones(self._lengths.spans)]))

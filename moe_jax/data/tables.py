@@ -195,7 +195,7 @@ class TableData(TableConfig):
             if feature not in dataset.features:
                 raise UserError(
                     f"feature {feature!r} is not in dataset={self.dataset!r}, which has "
-                    f"{', '.join(dataset.features)}."
+                    f"{', '.join(dataset.features)}; name some of them."
                 )
         inputs, chosen = [], []
         for example in dataset:
@@ -207,7 +207,7 @@ class TableData(TableConfig):
         if missing:
             raise UserError(
                 f"data.classes names {missing[0]!r}, of which split={dataset.split!r} of "
-                f"dataset={self.dataset!r} has no example."
+                f"dataset={self.dataset!r} has no example; name classes that it has."
             )
         numbers = np.array(inputs, np.float64)
         if not np.isfinite(numbers).all():

@@ -24,6 +24,8 @@ class Tokenizer(abc.ABC):
       text_ids: the numbers below this one are PAD, BOS, EOS or text.
       extra_ids: how many numbers at the top are extra.
       vocab_size: all numbers, those without use included.
+      frames_inputs: whether `encode_prompt` gives a whole input of a text-to-text model, with its end
+        and its sentinels, as the tokenizers of Hugging Face's folders do.
     """
 
     PAD = 0
@@ -35,6 +37,7 @@ class Tokenizer(abc.ABC):
     text_ids: int
     extra_ids: int
     vocab_size: int
+    frames_inputs: bool = False
 
     @property
     def dtype(self) -> np.dtype:
@@ -45,6 +48,11 @@ class Tokenizer(abc.ABC):
     def ends(self) -> tuple[int, ...]:
         """The tokens that end a text where a model draws one of them."""
         return (self.EOS,)
+
+    @property
+    def sentinels(self) -> np.ndarray:
+        """T5's: the extra ids, int64 [extra ids], the first from the top."""
+        return self.vocab_size - 1 - np.arange(self.extra_ids)
 
     @abc.abstractmethod
     def encode(self, text: str | bytes, where: str = "text") -> np.ndarray:

@@ -4,7 +4,7 @@ Axis letters: B batch, W beams, R = B * W rows, N new tokens, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ class _Hypotheses:
     Attributes:
       tokens: [B, W, N] int32, `pad` after the end.
       log_probability: [B, W] float32; -inf where there are fewer than W.
-      length: [B, W] int32, `end` included.
+      length: [B, W] int32, the end included.
       ended: [B, W] bool.
     """
 
@@ -74,7 +74,7 @@ def beam_search(
     beams: Beams,
     *,
     begin: int,
-    end: int,
+    ends: Sequence[int],
     pad: int,
     allowed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -91,11 +91,12 @@ def beam_search(
       batch: B.
       new_tokens: N; hypotheses that have not ended by then are cut off.
       beams: W and alpha.
-      begin, end, pad: vocabulary ids: what comes before the first token, the last token, filling.
+      begin, pad: vocabulary ids: what comes before the first token, filling.
+      ends: vocabulary ids, each of which is a last token.
       allowed: [V] bool, ids that may follow; None for all.
 
     Returns:
-      [B, W, N] int32 sequences, best first, `end` included and `pad` after it, and their scores
+      [B, W, N] int32 sequences, best first, the end included and `pad` after it, and their scores
       [B, W] float32, -inf for places that no sequence of N tokens can fill.
     """
     width, alpha = beams.count, beams.length_penalty
@@ -136,7 +137,7 @@ def beam_search(
             tokens.at[:, :, index].set(token),
             jnp.take_along_axis(total.reshape(batch, width * vocabulary), best, axis=1),
             of_parent(length),
-            of_parent(old.ended) | (token == end),
+            of_parent(old.ended) | jnp.isin(token, jnp.array(ends)),
         )
         return index + 1, token.reshape(-1), new, select(cache, parent)
 

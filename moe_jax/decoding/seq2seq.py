@@ -19,6 +19,7 @@ from moe_jax.data.pairs import INSTRUCTION
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.decoding.beam_search import Beams, beam_search
 from moe_jax.decoding.sampling import Sampling, draw
+from moe_jax.decoding.text import check_tokens, until_end
 from moe_jax.errors import UserError
 from moe_jax.layers.mode import Mode
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
@@ -40,6 +41,11 @@ class Frame:
     begin: int = Tokenizer.BOS
     ends: tuple[int, ...] = (Tokenizer.EOS,)
     pad: int = Tokenizer.PAD
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Frame":
+        """What the tokenizer frames texts with."""
+        return cls(tokenizer.BOS, tokenizer.ends, tokenizer.PAD)
 
 
 def sample(
@@ -104,11 +110,12 @@ def search(
     new_tokens: int,
     beams: Beams,
     allowed: jax.Array | None = None,
+    frame: Frame = Frame(),
 ) -> tuple[jax.Array, jax.Array]:
-    """The W best targets of each input; jit-able with `new_tokens` and `beams` static.
+    """The W best targets of each input; jit-able with `new_tokens`, `beams` and `frame` static.
 
     Args:
-      model, inputs, mask, new_tokens, allowed: as of `sample`.
+      model, inputs, mask, new_tokens, allowed, frame: as of `sample`.
       beams: W and the length penalty.
 
     Returns:
@@ -131,9 +138,9 @@ def search(
         batch,
         new_tokens,
         beams,
-        begin=Tokenizer.BOS,
-        end=Tokenizer.EOS,
-        pad=Tokenizer.PAD,
+        begin=frame.begin,
+        ends=frame.ends,
+        pad=frame.pad,
         allowed=allowed,
     )
 
@@ -193,7 +200,7 @@ def translate_texts(
     Args:
       model: on `mesh`.
       mesh: its token shards split the batch, which is filled up with copies to divide evenly.
-      tokenizer: the run's.
+      tokenizer: the run's or the folder's.
       texts: inputs, as the data of the run have them: with their "translate ... to ...", or with
         sentinels as `encode_input` reads them.
       new_tokens: tokens of a target at most.
@@ -201,7 +208,8 @@ def translate_texts(
       seed: of the draws.
 
     Raises:
-      UserError: bad sampling or search values, or a sentinel that the tokenizer lacks.
+      UserError: bad sampling or search values, a sentinel that the tokenizer lacks, or a tokenizer
+        of another model.
     """
     config: EncoderDecoderConfig = model.config
     if isinstance(method, Sampling):
@@ -209,38 +217,47 @@ def translate_texts(
     else:
         method.validate()
     encoded = [encode_input(tokenizer, text) for text in texts]
+    check_tokens(encoded, config.vocab_size)
     length = max(map(len, encoded))
     rows = _rows(config, axis_size(mesh, TOKEN_AXES), len(texts), length)
     inputs = np.full((rows, length), tokenizer.PAD, np.int32)
+    # A folder may pad with the token that ends its inputs, which is to be read.
+    mask = np.zeros((rows, length), bool)
     for row in range(rows):
         tokens = encoded[row % len(texts)]
         inputs[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = True
+    frame = Frame.of(tokenizer)
     sharding = NamedSharding(mesh, PartitionSpec(TOKEN_AXES))
     definition, parameters = nnx.split(model)
     allowed = jnp.asarray(generated_ids(tokenizer, config.output_vocab_size))
 
     @jax.jit
-    def run(parameters: nnx.State, inputs: jax.Array) -> jax.Array:
-        merged, mask = nnx.merge(definition, parameters), inputs != tokenizer.PAD
+    def run(parameters: nnx.State, inputs: jax.Array, mask: jax.Array) -> jax.Array:
+        merged = nnx.merge(definition, parameters)
         if isinstance(method, Sampling):
             key = jax.random.key(seed)
-            return sample(merged, inputs, mask, key, new_tokens, method, allowed)
-        return search(merged, inputs, mask, new_tokens, method, allowed)[0][:, 0]
+            return sample(merged, inputs, mask, key, new_tokens, method, allowed, frame)
+        return search(merged, inputs, mask, new_tokens, method, allowed, frame)[0][:, 0]
 
     with jax.set_mesh(mesh):
-        drawn = jax.device_get(run(parameters, jax.device_put(inputs, sharding)))
-    return [tokenizer.decode(row) for row in drawn[: len(texts)]]
+        placed = jax.device_put((inputs, mask), sharding)
+        drawn = jax.device_get(run(parameters, *placed))
+    return [tokenizer.decode(until_end(tokenizer, row)) for row in drawn[: len(texts)]]
 
 
 def encode_input(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """The tokens of an input, int32 [tokens], EOS included.
 
-    An instruction has tokens of its own, as in `PairRows`: no subword spans its end. Where the tokenizer has extra ids, `<extra_id_0>` in the text is T5's first sentinel, as
-    `Tokenizer.decode` writes it.
+    A tokenizer that frames inputs itself gives them. Otherwise an instruction has tokens of its own,
+    as in `PairRows`: no subword spans its end. Where the tokenizer has extra ids, `<extra_id_0>` in
+    the text is T5's first sentinel, as `Tokenizer.decode` writes it.
 
     Raises:
       UserError: the tokenizer has fewer.
     """
+    if tokenizer.frames_inputs:
+        return tokenizer.encode_prompt(text).astype(np.int32)
     instruction = INSTRUCTION.match(text)
     begin = instruction.end() if instruction else 0
     rest = text[begin:]

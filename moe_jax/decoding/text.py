@@ -44,12 +44,7 @@ def continue_texts(
     """
     sampling.validate(model.config.vocab_size)
     encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    for tokens in encoded:
-        if tokens.max() >= model.config.vocab_size:
-            raise UserError(
-                f"a prompt has token {tokens.max()}, but model.vocab_size is "
-                f"{model.config.vocab_size}; the tokenizer belongs to another model."
-            )
+    check_tokens(encoded, model.config.vocab_size)
     longest = max(map(len, encoded))
     # The last token that is drawn is never read.
     room = model.config.max_length - longest + 1
@@ -81,10 +76,24 @@ def continue_texts(
     with jax.set_mesh(mesh):
         tokens, mask = jax.device_put((tokens, mask), sharding)
         drawn = jax.device_get(run(parameters, tokens, mask))
-    return [tokenizer.decode(_until(tokenizer.ends, row)) for row in drawn[: len(prompts)]]
+    return [tokenizer.decode(until_end(tokenizer, row)) for row in drawn[: len(prompts)]]
 
 
-def _until(ends: Sequence[int], row: np.ndarray) -> np.ndarray:
-    """The part of `row` before the first of any of `ends`."""
-    places = np.flatnonzero(np.isin(row, ends))
+def check_tokens(encoded: Sequence[np.ndarray], vocab_size: int) -> None:
+    """Refuses prompts with a token that the model's table of `vocab_size` rows lacks.
+
+    Raises:
+      UserError: one has.
+    """
+    highest = max(int(tokens.max()) for tokens in encoded)
+    if highest >= vocab_size:
+        raise UserError(
+            f"a prompt has token {highest}, but model.vocab_size is {vocab_size}; the tokenizer "
+            "belongs to another model."
+        )
+
+
+def until_end(tokenizer: Tokenizer, row: np.ndarray) -> np.ndarray:
+    """The part of generated tokens [N] before the first that ends a text."""
+    places = np.flatnonzero(np.isin(row, tokenizer.ends))
     return row[: places[0]] if len(places) else row

@@ -10,6 +10,7 @@ Axis letters
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -80,8 +81,16 @@ class MoEConfig(Component):
     shared_mix: BranchMix = BranchMix.SUM
     group_rows: int = field(1, at_least=1)
 
-    def validate(self, num_experts: int) -> None:
-        """Raises UserError where the layer could not be built with E experts."""
+    def validate(self, num_experts: int, path: str = "moe") -> None:
+        """Raises UserError where the layer could not be built with E experts; `path` is its own."""
+        try:
+            self._validate(num_experts)
+        except UserError as error:
+            # Routers, capacity and dispatch know their own names only.
+            told = re.sub(r"^moe\.|^(?=(router|capacity|dispatch)\.)", f"{path}.", str(error))
+            raise UserError(told) from error
+
+    def _validate(self, num_experts: int) -> None:
         self.check_ranges("moe")
         self.router.validate(num_experts)
         self.capacity.validate()
@@ -509,16 +518,35 @@ def number_of_groups(tokens: int, group_size: int, shards: int) -> int:
     if tokens % group_size:
         raise UserError(
             f"moe.group_size is {group_size}, which does not divide the {tokens} tokens of a batch; "
-            "choose a divisor of batch_size * sequence_length."
+            f"{a_group_size(tokens, group_size, shards)}."
         )
     groups = tokens // group_size
     if groups % shards:
         raise UserError(
             f"the batch has {groups} groups of moe.group_size={group_size} tokens, which the "
-            f"{shards} shards of mesh axes data x expert do not divide; choose a smaller group_size "
-            "or fewer devices on these axes."
+            f"{shards} shards of mesh axes data x expert do not divide; "
+            f"{a_group_size(tokens, group_size, shards)}, or take fewer devices on these axes."
         )
     return groups
+
+
+def a_group_size(tokens: int, wanted: int, shards: int, row: int = 1) -> str:
+    """A group size that works, in half a sentence.
+
+    Args:
+      tokens: of a batch.
+      wanted: what does not work; the answer is the largest that is not larger.
+      shards: of the tokens.
+      row: tokens of a row; whole rows go before parts of rows.
+    """
+    if tokens % shards:
+        return f"take a batch whose tokens {shards} divides"
+    of_shard = tokens // shards
+    divisors = [size for size in range(1, min(wanted, of_shard) + 1) if of_shard % size == 0]
+    rows = [size for size in divisors if size % row == 0]
+    size = max(rows or divisors)
+    is_rows = f" ({size // row} of the batch's rows)" if rows and row > 1 else ""
+    return f"{size} works{is_rows}"
 
 
 def _moe_shard_map(

@@ -86,7 +86,7 @@ class RecurrentConfig(ModelConfig):
         """Raises UserError for a model that could not be built."""
         self.check_ranges("model")
         for moe in self.moe_settings:
-            moe.validate(self.num_experts)
+            moe.validate(self.num_experts, "model.moe")
         check_no_leak(self.moe_settings, "model.moe.router")
 
 

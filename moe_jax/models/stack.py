@@ -300,7 +300,9 @@ class StackConfig(Component):
         for i, rule in enumerate(self.moe_rules):
             self._validate_rule(f"{path}.moe_rules[{i}]", rule)
         for block, num_experts in zip(self.moe_layers, self.experts_of_layers, strict=True):
-            self.moe_of(self.rule_of(block)).validate(num_experts)
+            number = self.rule_of(block)
+            name = "moe" if number < 0 else f"moe_rules[{number}].moe"
+            self.moe_of(number).validate(num_experts, f"{path}.{name}")
 
     def _validate_rule(self, name: str, rule: MoERule) -> None:
         dense = sorted(set(rule.blocks) - set(self.moe_layers))

@@ -333,7 +333,7 @@ def topology(text: str) -> Topology:
     if found is None or chip is None:
         raise UserError(
             f"topology is {text!r}; write it as tpu-v4-1024, v4:8x8x8 or, for two slices, "
-            f"2*tpu-v5e-256, of {', '.join(chip.name for chip in CHIPS)}."
+            f"2*tpu-v5e-256; the chips are {', '.join(chip.name for chip in CHIPS)}."
         )
     slices = int(found[1] or 1)
     if not chip.torus:

@@ -141,27 +141,31 @@ class Checkpoints:
             self._retire(step)
         multihost.wait_for_all()
 
-    def newest_good(self) -> int | None:
+    def newest_good(self, to_train: bool = True) -> int | None:
         """Newest step of which every file agrees with the manifest; None if there is none to use.
 
         Each newer one that is damaged or unfinished is logged as a warning, in one sentence.
+
+        Args:
+          to_train: whether starting anew is advice for where there is none.
 
         Raises:
           UserError: there are finished checkpoints, and all are damaged or have lost their manifests.
         """
         good, damages = self._survey()
+        anew = ", or delete the directory to start from the beginning" if to_train else ""
         if good is None and damages:
             details = ", ".join(f"step {step}: {damage}" for step, damage in damages.items())
             raise UserError(
                 f"directory {self._directory} holds no undamaged checkpoint ({details}); bring back"
-                " a copy of one, or delete the directory to start from the beginning."
+                f" a copy of one{anew}."
             )
         lost = self._without_manifest()
         if good is None and lost:
             raise UserError(
                 f"directory {self._directory} holds checkpoints that have lost their {_MANIFEST} (step "
-                f"{', '.join(map(str, lost))}), so that none can be trusted; bring the files back, or "
-                "delete the directory to start from the beginning."
+                f"{', '.join(map(str, lost))}), so that none can be trusted; bring the files "
+                f"back{anew}."
             )
         problems = dict.fromkeys(lost, f"its {_MANIFEST} is gone") | dict.fromkeys(
             self._unfinished_steps(), f"its save was interrupted and left no {_MANIFEST}"

@@ -12,6 +12,7 @@ from moe_jax.component import Component, field
 from moe_jax.data.interface import DataConfig
 from moe_jax.data.pipelines import TextData
 from moe_jax.errors import UserError
+from moe_jax.layers.moe import a_group_size
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.models.interface import ModelConfig
 from moe_jax.parallel.mesh import MeshConfig
@@ -113,24 +114,27 @@ class Experiment(Component):
             if value % devices:
                 raise UserError(
                     f"{name} is {value}, which the {devices} devices of mesh axis {axis} do not "
-                    f"divide; change {name} or the mesh."
+                    f"divide; make it a multiple, such as {-(-value // devices) * devices}, or "
+                    "change the mesh."
                 )
 
     def _validate_groups(self, path: str, tokens_per_row: int, group_size: int) -> None:
         """Checks that the tokens of a batch make whole groups, and shards have whole groups."""
         of = "microbatch" if self.microbatches > 1 else "batch"
         tokens = self.data.batch_size // self.microbatches * tokens_per_row
+        shards = self.mesh.token_shards
+        works = a_group_size(tokens, group_size, shards, tokens_per_row)
         if tokens % group_size:
             raise UserError(
                 f"{path} is {group_size}, which does not divide the {tokens} tokens of a {of}; "
-                f"choose a divisor of its rows times {tokens_per_row}."
+                f"{works}."
             )
-        groups, shards = tokens // group_size, self.mesh.token_shards
+        groups = tokens // group_size
         if groups % shards:
             raise UserError(
                 f"a {of} has {groups} groups of {path}={group_size} tokens, which the {shards} "
-                "shards of mesh axes data x expert do not divide; choose a smaller group_size or "
-                "fewer devices on these axes."
+                f"shards of mesh axes data x expert do not divide; {works}, or take fewer devices on "
+                "these axes."
             )
 
 
@@ -158,12 +162,12 @@ def read_record(workdir: epath.PathLike) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except IsADirectoryError as error:
         raise UserError(
-            f"workdir {workdir} has a folder {CONFIG_FILE} where the run's file should be; restore it."
+            f"workdir {workdir} has a folder {CONFIG_FILE} where the run's file should be; bring back a copy of the file."
         ) from error
     except ValueError as error:  # No JSON, or no UTF-8.
-        raise UserError(f"{path} is damaged ({error}); restore it or use a new workdir.") from error
+        raise UserError(f"{path} is damaged ({error}); bring back a copy of it.") from error
     if not isinstance(record, dict):
-        raise UserError(f"{path} is damaged (no JSON object); restore it or use a new workdir.")
+        raise UserError(f"{path} is damaged (no JSON object); bring back a copy of it.")
     return record
 
 
@@ -176,7 +180,9 @@ def load(workdir: epath.PathLike) -> Experiment:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not isinstance(config, Experiment):
-        raise UserError(f"{path} has no config of a run; restore it or name the folder of a run.")
+        raise UserError(
+            f"{path} has no config of a run; bring back a copy of it, or name the folder of a run."
+        )
     return config
 
 

@@ -7,13 +7,12 @@ def get_config(row: str = "") -> Experiment:
 """
 
 import dataclasses
-import difflib
 import runpy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax.configuration import changed
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, names_instead
 from moe_jax.parallel.mesh import AXES, MeshConfig
 from moe_jax.published import Published
 from moe_jax.training.experiment import Experiment
@@ -102,12 +101,10 @@ def _find(rows: Mapping[str, Row], name: str, file: str) -> Row:
         (name,) = rows
     if name in rows:
         return rows[name]
-    known = ", ".join(rows)
     if not name:
         raise UserError(
             f"--config={file} names no row; write --config={file}:{next(iter(rows))}, or another of "
-            f"{known}."
+            f"{', '.join(rows)}."
         )
-    near = difflib.get_close_matches(name, rows, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"--config={file}:{name} names no row of the file; {hint}its rows are {known}.")
+    instead = names_instead(name, rows, "rows", f"--config={file} without a row")
+    raise UserError(f"--config={file}:{name} names no row of the file; {instead}.")

@@ -98,7 +98,7 @@ class Trained:
                 f"{', '.join(map(str, checkpoints.steps())) or 'no step'} (checkpoint.keep says how "
                 "many are kept)."
             )
-        step = checkpoints.newest_good() if step is None else step
+        step = checkpoints.newest_good(to_train=False) if step is None else step
         if step is None:
             raise UserError(
                 f"workdir {workdir} has no checkpoint yet; train it further, or lower "

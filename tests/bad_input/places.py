@@ -6,6 +6,8 @@ import pathlib
 import shutil
 from typing import Any
 
+from tests.interop.folders import config_of, weights_of, write, write_words
+
 RUN = pathlib.Path(__file__).parents[1] / "training/run_0_1"
 
 
@@ -53,6 +55,7 @@ def make(tmp: pathlib.Path) -> pathlib.Path:
     for name, manifest in {"empty": b"{}", "list": b"[]", "binary": b"\xff"}.items():
         damaged = _run(tmp, f"run_with_{name}_manifest")
         (damaged / "checkpoints/4/manifest.json").write_bytes(manifest)
+    _make_checkpoints(tmp)
     vanished = _with(config, ("data", "dataset"), "./vanished")
     (_run(tmp, "run_of_vanished_data") / "config.json").write_text(json.dumps(vanished))
     return run
@@ -69,6 +72,21 @@ def _run(tmp: pathlib.Path, name: str) -> pathlib.Path:
     config = _with(json.loads(file.read_text()), ("data", "dataset"), str(data))
     file.write_text(json.dumps(config))
     return run
+
+
+def _make_checkpoints(tmp: pathlib.Path) -> None:
+    """Folders of Hugging Face's with an encoder and decoder that pads with token 0."""
+    for name, fields in {
+        "hf_t5": {},
+        "hf_without_tokenizer": {},
+        "hf_without_start": {"decoder_start_token_id": None},
+        "hf_pads_with_3": {"pad_token_id": 3},
+        "hf_large_tokenizer": {},
+    }.items():
+        folder = write(tmp / name, config_of("t5") | fields, weights_of("t5"))
+        if name != "hf_without_tokenizer":
+            size = 50 if name == "hf_large_tokenizer" else 40
+            write_words(folder, ["<pad>", "</s>", "<unk>", *map(str, range(size))])
 
 
 def _with(record: Any, path: tuple[str, ...], value: Any) -> Any:

@@ -121,7 +121,11 @@ def test_domains_of_classes_and_of_none(tmp_path):
             "",
             "text_feature='body' is not a feature of 'made/1.0.0', which has text, domain",
         ),
-        ("text", "topic", "domain_feature='topic' is not .* the empty string makes it one domain"),
+        (
+            "text",
+            "topic",
+            "domain_feature='topic' is not .* name one of them, or the empty string for one domain",
+        ),
         ("label", "", "text_feature='label' of 'made/1.0.0' does not hold text"),
     ],
 )

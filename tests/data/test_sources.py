@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 
 from moe_jax.data import sources
 from moe_jax.data.sources import open_dataset, prepare_dataset
@@ -131,6 +132,68 @@ def test_a_flipped_byte_is_found_while_reading(copy):
     path.write_bytes(content)
     with pytest.raises(UserError, match="damaged or incomplete"):
         list(open_dataset(str(copy), "", "train"))
+
+
+def _refused(folder):
+    with pytest.raises(UserError, match="damaged or incomplete") as raised:
+        list(open_dataset(str(folder), "", "train"))
+    told = str(raised.value)
+    assert "\n" not in told and told.endswith(".") and ". " not in told
+    return told
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello world\n" * 99, bytes(131072), b"\x10" + bytes(7) + b"abcd" * 99],
+    ids=["empty", "text", "zeros", "tfrecord"],
+)
+def test_record_files_of_other_bytes(copy, content):
+    path = _record_file(copy)
+    path.write_bytes(content)
+    assert f"({path.name} has 0 readable records of 108)" in _refused(copy)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "loop"])
+def test_record_files_that_are_no_files(copy, kind):
+    """From a pipe the reader would never return."""
+    path = _record_file(copy)
+    path.unlink()
+    {
+        "folder": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "loop": lambda: path.symlink_to(path),
+    }[kind]()
+    assert path.name in _refused(copy)
+
+
+@pytest.mark.parametrize("record", [b"hello", bytes(100), b"\xff" * 80])
+def test_records_that_are_no_examples(copy, record):
+    """A whole array_record file, whose records TFDS cannot decode."""
+    _write_records(copy, record)
+    assert "DecodeError" in _refused(copy)
+
+
+def test_records_without_the_features(copy):
+    """TFDS takes what a record lacks for None."""
+    _write_records(copy, b"")
+    assert "(example 0 has no " in _refused(copy)
+
+
+def _write_records(copy, record):
+    path = _record_file(copy)
+    path.unlink()
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    for _ in range(108):
+        writer.write(record)
+    writer.close()
+
+
+def test_a_copy_outside_of_its_place_is_not_to_be_deleted(copy, tmp_path):
+    """Only what lies in ROOT/NAME/VERSION can be made again by its name."""
+    shutil.copytree(copy, tmp_path / "mine")
+    _record_file(tmp_path / "mine").write_bytes(b"")
+    assert "; bring back a copy of it, or name" in _refused(tmp_path / "mine")
 
 
 def test_data_dir_that_cannot_be_written(tmp_path):

@@ -42,7 +42,7 @@ def test_the_papers_example():
     words = ["Thank", "you", "for", "inviting", "me", "to", "your", "party", "last", "week"]
     tokens = np.arange(10, 10 + len(words), dtype=np.int32)
     mask = np.isin(words, ["for", "inviting", "last"])
-    inputs, targets = corrupt(tokens, mask, first_sentinel=99)
+    inputs, targets = corrupt(tokens, mask, np.arange(99, 0, -1))
     assert inputs.tolist() == [10, 11, 99, 14, 15, 16, 17, 98, 19, EOS]
     assert targets.tolist() == [99, 12, 13, 98, 18, EOS]
 
@@ -54,7 +54,7 @@ def test_spans_put_back_give_the_text(raw, density, mean_span, seed):
     tokens = np.arange(3, raw + 3, dtype=np.int32)
     assert (len(mask), mask.sum()) == (raw, lengths.noise)
     assert not mask[0] and mask[-1]
-    inputs, targets = corrupt(tokens, mask, first_sentinel=1000)
+    inputs, targets = corrupt(tokens, mask, np.arange(1000, 0, -1))
     assert (len(inputs), len(targets)) == (lengths.inputs, lengths.targets)
     spans, sentinel = collections.defaultdict(list), 0
     for token in targets[:-1]:

@@ -32,7 +32,7 @@ def search(beams, new_tokens=N):
     tokens, scores = jax.jit(
         lambda: beam_search(
             step, select, cache, B, new_tokens, beams,
-            begin=BEGIN, end=END, pad=PAD, allowed=ALLOWED,
+            begin=BEGIN, ends=(END,), pad=PAD, allowed=ALLOWED,
         )
     )()  # fmt: skip
     return np.asarray(tokens), np.asarray(scores)

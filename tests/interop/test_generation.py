@@ -15,7 +15,7 @@ from moe_jax.decoding.seq2seq import Frame, sample
 from moe_jax.decoding.text import continue_texts
 from moe_jax.dispatch.gather import Gather
 from moe_jax.errors import UserError
-from moe_jax.interop.huggingface.loading import load, load_decoder
+from moe_jax.interop.huggingface.loading import load, load_with_tokenizer
 from moe_jax.interop.huggingface.saving import save
 from moe_jax.interop.huggingface.tokenizer import FolderTokenizer, FolderTokens
 from moe_jax.parallel.mesh import MeshConfig, make_mesh
@@ -69,7 +69,7 @@ def test_a_batch_on_8_devices_equals_a_prompt_alone(folder):
         (MeshConfig(), PROMPTS[:1]),
     ):
         mesh = make_mesh(config)
-        model, tokenizer = load_decoder(folder, mesh)
+        model, tokenizer = load_with_tokenizer(folder, mesh)
         # Nothing is dropped in decoding, and slots compile faster than what is dropless.
         model.config.moe.dispatch = Gather()
         texts.append(continue_texts(model, mesh, tokenizer, prompts, 8, GREEDY, seed=0))
@@ -82,14 +82,14 @@ def test_folders_without_what_generation_needs(folder, tmp_path):
     mesh = make_mesh(MeshConfig())
     vit = write(tmp_path / "vit", config_of("vit"), weights_of("vit"))
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
-        load_decoder(vit, mesh)
+        load_with_tokenizer(vit, mesh)
     (vit / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     (vit / "config.json").write_text(json.dumps(config_of("vit") | {"eos_token_id": [2, 3]}))
-    with pytest.raises(UserError, match="holds a Vision, which does not continue texts"):
-        load_decoder(vit, mesh)
+    with pytest.raises(UserError, match="holds a Vision, which generates no texts"):
+        load_with_tokenizer(vit, mesh)
     (vit / "config.json").write_text(json.dumps(config_of("vit")))
     with pytest.raises(UserError, match="eos_token_id=None; name the token"):
-        load_decoder(vit, mesh)
+        load_with_tokenizer(vit, mesh)
 
 
 GENERATED = json.loads((PARITY.parents[1] / "huggingface" / "generated.json").read_text())
@@ -119,7 +119,7 @@ def test_texts_end_at_any_of_the_ends(folder, tmp_path):
     copied = tmp_path / "copied"
     shutil.copytree(folder, copied)
     mesh = make_mesh(MeshConfig())
-    model, tokenizer = load_decoder(copied, mesh)
+    model, tokenizer = load_with_tokenizer(copied, mesh)
     texts = continue_texts(model, mesh, tokenizer, PROMPTS, 8, GREEDY, seed=0)
     drawn = tokenizer.encode(texts[0])[:6].tolist()
     config = json.loads((copied / "config.json").read_text())
@@ -171,7 +171,7 @@ def test_a_prompt_of_another_model_s_tokens(folder, tmp_path):
     library.add_tokens([f"<{i}>" for i in range(20)])
     library.save(str(copied / "tokenizer.json"))
     mesh = make_mesh(MeshConfig())
-    model, tokenizer = load_decoder(copied, mesh)
+    model, tokenizer = load_with_tokenizer(copied, mesh)
     with pytest.raises(UserError, match=r"a prompt has token \d+, but model.vocab_size is 48"):
         continue_texts(model, mesh, tokenizer, ["die <19>"], 2, GREEDY, seed=0)
 

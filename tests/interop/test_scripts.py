@@ -83,10 +83,3 @@ def test_evaluate_refuses_what_does_not_fit(arguments, message):
     done = script("evaluate", *arguments)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr.splitlines()[-1]
-
-
-def test_evaluate_refuses_an_encoder_decoder(tmp_path):
-    folder = write(tmp_path / "t5", config_of("t5"), weights_of("t5"))
-    done = script("evaluate", f"--checkpoint=hf:{folder}", *CONFIG)
-    assert done.returncode == 2, done.stderr
-    assert "whose targets begin and end with other tokens" in done.stderr.splitlines()[-1]

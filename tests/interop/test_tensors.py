@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from moe_jax.errors import UserError
 from moe_jax.interop.huggingface import files
-from moe_jax.interop.huggingface.loading import load, load_decoder
+from moe_jax.interop.huggingface.loading import load, load_with_tokenizer
 from moe_jax.interop.huggingface.saving import save
 from moe_jax.layers.embedding import EmbeddingScaling
 from moe_jax.models.abstract_model import arrays_of
@@ -456,11 +456,11 @@ def test_files_that_are_none(name, kind, tmp_path):
     path.unlink(missing_ok=True)
     {"folder": path.mkdir, "loop": lambda: path.symlink_to(name), "empty": path.touch}[kind]()
     with pytest.raises(UserError, match=r"has no|has neither|cannot be read|is damaged"):
-        load_decoder(tmp_path, make_mesh(MeshConfig()))
+        load_with_tokenizer(tmp_path, make_mesh(MeshConfig()))
 
 
 @pytest.mark.parametrize("folder", ["a" * 300, "a\0b", "/dev/null", "/nowhere"])
 def test_folders_that_cannot_be(folder):
-    for opened in (load, load_decoder):
+    for opened in (load, load_with_tokenizer):
         with pytest.raises(UserError, match=r"has no|is damaged|is no folder"):
             opened(folder, make_mesh(MeshConfig()))

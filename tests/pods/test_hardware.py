@@ -114,8 +114,8 @@ def test_the_table_gives_the_published_figures_of_whole_pods():
         (
             "tpu-v9-8",
             "topology is 'tpu-v9-8'; write it as tpu-v4-1024, v4:8x8x8 or, for two slices, "
-            "2*tpu-v5e-256, of tpu-v2, tpu-v3, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, tpu7x, gpu-a100, "
-            "gpu-h100, gpu-h200, gpu-b200.",
+            "2*tpu-v5e-256; the chips are tpu-v2, tpu-v3, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, tpu7x, "
+            "gpu-a100, gpu-h100, gpu-h200, gpu-b200.",
         ),
         (
             "tpu-v2-64",

@@ -51,6 +51,8 @@ class Family:
         experts; None where there are none to fuse.
       not_in_float16: ends of paths of parameters that stay as they are where float16 is asked for.
       unread: names of a folder's tensors that no model of the family computes with.
+      tokens: fields about special tokens that transformers' config class has where config.json does
+        not.
     """
 
     model_type: str
@@ -65,6 +67,7 @@ class Family:
     experts: tuple[str, str, str] | None = None
     not_in_float16: tuple[str, ...] = ()
     unread: Callable[[Any, Mapping[str, Stored]], set[str]] = lambda *_: set()
+    tokens: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def config_from_hf(self, hf: Mapping[str, Any]) -> Any:
         """Our config of a config.json.

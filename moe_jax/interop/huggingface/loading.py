@@ -26,6 +26,7 @@ from moe_jax.interop.huggingface.table import Tensor
 from moe_jax.interop.huggingface.tokenizer import FolderTokenizer
 from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.decoder_lm import DecoderLM
+from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.parallel.sharding import parameter_shardings
 
@@ -124,23 +125,23 @@ def _check_size(config: Any, tensors: int, folder: Any) -> None:
             )
 
 
-def load_decoder(
+def load_with_tokenizer(
     folder: os.PathLike[str] | str, mesh: Mesh, dtype: Any = None
-) -> tuple[DecoderLM, FolderTokenizer]:
-    """A decoder and the tokenizer of its folder, to generate with.
+) -> tuple[DecoderLM | EncoderDecoder, FolderTokenizer]:
+    """A model of texts and the tokenizer of its folder, to generate with.
 
     Args:
       folder, mesh, dtype: see `load`.
 
     Raises:
-      UserError: see `load`; or the folder has no tokenizer, or a model that is no decoder.
+      UserError: see `load`; or the folder has no tokenizer, or a model that generates no texts.
     """
     tokenizer = FolderTokenizer.load(folder)
     model = load(folder, mesh, dtype)
-    if not isinstance(model, DecoderLM):
+    if not isinstance(model, DecoderLM | EncoderDecoder):
         raise UserError(
-            f"{folder} holds a {type(model).__name__}, which does not continue texts; name a folder "
-            "of a decoder."
+            f"{folder} holds a {type(model).__name__}, which generates no texts; name a folder of a "
+            "decoder or of an encoder and decoder."
         )
     return model, tokenizer
 

@@ -153,4 +153,5 @@ FAMILY = Family(
     tables=ties.of_encoder_decoder,
     copies=_copies,
     unread=t5.unread,
+    tokens=t5.TOKENS,
 )

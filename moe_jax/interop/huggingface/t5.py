@@ -273,6 +273,9 @@ ALIASES = {
     "num_hidden_layers": "num_layers",
 }
 
+# As transformers' config classes have them; none says what a target begins with.
+TOKENS = {"is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1}
+
 FAMILY = Family(
     "t5",
     read,
@@ -285,4 +288,5 @@ FAMILY = Family(
     # As transformers keeps them in float32 then, because what comes of them is large.
     not_in_float16=("mlp/w_out",),
     unread=unread,
+    tokens=TOKENS,
 )

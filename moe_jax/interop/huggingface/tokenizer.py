@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,10 +17,12 @@ from etils import epath
 from moe_jax.data.tokenizers import Tokenizer, TokenizerConfig, utf8
 from moe_jax.errors import UserError
 from moe_jax.interop.huggingface import files
+from moe_jax.interop.huggingface.families import FAMILIES
 from moe_jax.interop.huggingface.fields import shortened
 
 _FILE = "tokenizer.json"
 _GENERATION = "generation_config.json"
+_SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
 class FolderTokenizer(Tokenizer):
@@ -27,7 +31,10 @@ class FolderTokenizer(Tokenizer):
     Attributes:
       PAD, BOS, EOS: this folder's; EOS in place of one that it does not name.
       ends: all tokens that end a text, the first of which is EOS.
+      extra_ids: how many of T5's sentinels `<extra_id_0>` and on there are.
     """
+
+    frames_inputs = True
 
     def __init__(
         self,
@@ -45,7 +52,8 @@ class FolderTokenizer(Tokenizer):
           generation: generation_config.json, which counts where it names a token.
 
         Raises:
-          UserError: neither names an end of a text, or one names what is no token.
+          UserError: neither names an end of a text or, for an encoder-decoder, a beginning of a
+            target, or one names what is no token.
         """
         tokens = _SpecialTokens(hf, generation or {})
         self.name = name
@@ -57,19 +65,38 @@ class FolderTokenizer(Tokenizer):
             )
         self.EOS = self._ends[0]
         pad = tokens.one("pad_token_id", padding=True)
-        # An encoder-decoder's targets begin with it.
-        begin = tokens.one("decoder_start_token_id") if hf.get("is_encoder_decoder") else None
+        translates = hf.get("is_encoder_decoder")
+        begin = tokens.one("decoder_start_token_id") if translates else None
         begin = tokens.one("bos_token_id") if begin is None else begin
+        if translates and begin is None:
+            raise UserError(
+                f"{files.CONFIG} has decoder_start_token_id="
+                f"{shortened(hf.get('decoder_start_token_id'))}; name the token that targets begin "
+                "with, which is 0 for T5 and Switch."
+            )
         self.PAD = self.EOS if pad is None else pad
         self.BOS = self.EOS if begin is None else begin
         self.vocab_size = self.text_ids = library.get_vocab_size()
-        self.extra_ids = 0
+        self._sentinels = _sentinels(library)
+        self.extra_ids = len(self._sentinels)
         self._library = library
+        added = library.get_added_tokens_decoder()
+        # As the library drops them, but T5's sentinels say which gap of the input a text fills.
+        self._unwritten = frozenset(
+            number
+            for number, token in added.items()
+            if token.special and not _SENTINEL.fullmatch(token.content)
+        )
 
     @property
     def ends(self) -> tuple[int, ...]:
         """See `Tokenizer`."""
         return self._ends
+
+    @property
+    def sentinels(self) -> np.ndarray:
+        """See `Tokenizer`: from the top down in the released T5, upwards in others."""
+        return self._sentinels
 
     @classmethod
     def load(cls, folder: os.PathLike[str] | str) -> "FolderTokenizer":
@@ -83,16 +110,20 @@ class FolderTokenizer(Tokenizer):
             raise UserError(f"{folder} is no folder; name the folder of a Hugging Face model.")
         if not os.path.exists(path):
             raise UserError(
-                f"{folder} has no {_FILE}; save the tokenizer there with the `tokenizers` library."
+                f"{folder} has no {_FILE}; transformers writes it: "
+                "AutoTokenizer.from_pretrained(PATH).save_pretrained(PATH)."
             )
         try:
             library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The library raises this very class.
             raise UserError(f"{path} is damaged ({error}); copy it again.") from error
         hf, generation = files.read_config(folder), pathlib.Path(folder) / _GENERATION
+        family = FAMILIES.get(str(hf.get("model_type")))
+        hf = {**(family.tokens if family else {}), **hf}
         settings = files.read_json(generation) if generation.is_file() else {}
         # Texts are packed once for each name.
-        special = {n: [f.get(n) for f in (settings, hf)] for n in ("eos_token_id", "bos_token_id")}
+        names = ("eos_token_id", "bos_token_id", "decoder_start_token_id")
+        special = {n: [f.get(n) for f in (settings, hf)] for n in names}
         content = path.read_bytes() + json.dumps(special).encode()
         return cls(library, f"hf-{hashlib.sha256(content).hexdigest()[:16]}", hf, settings)
 
@@ -107,8 +138,9 @@ class FolderTokenizer(Tokenizer):
         return np.array(ids or [self.BOS], self.dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token numbers, without special tokens."""
-        return self._library.decode([int(number) for number in ids])
+        """The text of token numbers, without special tokens other than T5's sentinels."""
+        written = [int(number) for number in ids if int(number) not in self._unwritten]
+        return self._library.decode(written, skip_special_tokens=False)
 
     def may_be_drawn(self, num_ids: int) -> np.ndarray:
         """See `Tokenizer`: all, as transformers draws them; special ones are no text."""
@@ -142,6 +174,12 @@ class FolderTokens(TokenizerConfig):
     def load(self, folder: epath.PathLike) -> Tokenizer:
         """The folder's, whatever a run's folder has."""
         return FolderTokenizer.load(self.folder)
+
+
+def _sentinels(library: tokenizers.Tokenizer) -> np.ndarray:
+    """`<extra_id_0>`, `<extra_id_1>` and so on until one is missing, int64 [sentinels]."""
+    numbers = (library.token_to_id(f"<extra_id_{n}>") for n in itertools.count())
+    return np.array(list(itertools.takewhile(lambda n: n is not None, numbers)), np.int64)
 
 
 class _SpecialTokens:
