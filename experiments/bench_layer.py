@@ -20,17 +20,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-# Read when a process starts. glibc gives outputs above 32 MB back to the system after each call, and
-# the next call would pay for page faults. PyTorch needs a part of the GPU, which JAX would take whole.
-_ENVIRONMENT = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-}
-# Before the imports below, which take seconds.
-# ruff: noqa: E402
-if __name__ == "__main__" and not os.environ.items() >= _ENVIRONMENT.items():
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _ENVIRONMENT)
+# PyTorch needs a part of the GPU, which JAX would take whole.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 from absl import flags

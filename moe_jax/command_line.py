@@ -18,7 +18,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from moe_jax import component
+from moe_jax import component, huge_pages
 from moe_jax.errors import UserError, names_instead, user_error_behind, where_it_failed
 from moe_jax.parallel import ending
 from moe_jax.training.experiment import Experiment
@@ -123,7 +123,11 @@ def run(main: Callable[[], None], default_config: str | None = None) -> None:
 
 
 def report_to_user(main: Callable[[], None]) -> None:
-    """Calls `main`, with our log on stderr; ends the process as `run` says."""
+    """Calls `main`, with our log on stderr; ends the process as `run` says.
+
+    A process that did not start with memory in huge pages starts again, before anything is done.
+    """
+    huge_pages.restart_with_them()
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     absl_logging.set_verbosity(absl_logging.WARNING)

@@ -83,7 +83,7 @@ def parameters(shape: DecoderShape, key: jax.Array) -> dict[str, Any]:
     ]
     if shape.experts:
         layers = [layer | {"router": matrix(d, shape.experts)} for layer in layers]
-    return {"table": matrix(shape.vocabulary, d), "layers": layers, "norm": jnp.ones(d)}
+    return {"table": matrix(d, shape.vocabulary).T, "layers": layers, "norm": jnp.ones(d)}
 
 
 def train_step(shape: DecoderShape) -> tuple[Any, Step]:
