@@ -266,7 +266,7 @@ def test_tables_and_goals():
     assert "| uniform, forward_backward, N/E >= 200 | 0.90 | 1.11 | 1.30 | 12.00 |" in text
     assert "| gather at capacity factor 1.0, uniform, N/E >= 200: time / balanced | <= 1.08 | 1.11 | missed |" in text  # fmt: skip
     assert "| dropless, uniform, N/E >= 200: time / balanced | <= 1.25 | 1.30 | missed |" in text
-    assert "| dropless, Zipf 1.5, N/E >= 200: time / balanced | <= 1.6 | 1.70 | missed |" in text
+    assert "| dropless, Zipf 1.5, N/E >= 200: time / balanced | <= 1.5 | 1.70 | missed |" in text
     assert "| lax.ragged_dot's time / dropless's, 8 experts, uniform, N/E >= 200 | >= 8 | 10.0 | reached |" in text  # fmt: skip
     assert "64 experts, uniform, N/E >= 200 | >= 30 | not measured: ragged_dot takes 3 TFLOP |  |" in text  # fmt: skip
     assert "- all_experts, tokens 2048, width 256, experts 8, k 2, uniform, forward_backward: takes 9 TFLOP" in text  # fmt: skip
@@ -424,7 +424,9 @@ def test_whole_steps_beside_a_bare_program(monkeypatch):
         assert "parity" in left_out[0]["left_out"]
         for call in losses.values():
             first = float(call())
-            assert abs(first - np.log(264)) < 1.5
+            assert (
+                abs(first - np.log(264)) < 2.5
+            )  # A tied table first expects the same token again.
             assert min(float(call()) for _ in range(20)) < first
         ours, bare = (row for row in found if "rounds" in row)
         assert (ours["program"], bare["program"]) == (steps.OURS, steps.BARE)
