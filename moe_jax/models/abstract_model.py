@@ -33,7 +33,7 @@ class AbstractModel:
     axes: Tree
     variable_shapes: Tree
     variable_axes: Tree
-    factors: dict[str, RouterFactors]
+    factors: dict[str, RouterFactors] = dataclasses.field(default_factory=dict)
     given_factors: dict[str, RouterFactors] = dataclasses.field(default_factory=dict)
 
     @classmethod
