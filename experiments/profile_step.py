@@ -117,7 +117,7 @@ def _profile(run: Run, output: epath.Path) -> StepProfile:
     with jax.set_mesh(run.mesh):
         state = run.initial_state()
         print("compiling", file=sys.stderr)
-        rest = (broadcast_signal(run.mesh, 0), run.noise_key_data)
+        rest = (broadcast_signal(run.mesh, 0), run.hyperparameters)
         compiled = run.train_step.lower(state, batches[0], *rest).compile()
 
         def steps(state: Any) -> tuple[Any, float]:

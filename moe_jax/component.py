@@ -56,7 +56,7 @@ class Component:
           UserError: a value is outside its field's range.
         """
         for declared in dataclasses.fields(self):  # type: ignore[arg-type]
-            allowed = _range_of(type(self), declared.name)
+            allowed = _declared(type(self), declared.name).range
             value = getattr(self, declared.name)
             if allowed is not None and not allowed.holds(value):
                 raise UserError(f"{path}.{declared.name} is {value}; it must be {allowed}.")
@@ -89,7 +89,15 @@ class Range:
         return f"in {opening}{low}, {high}{closing}"
 
 
-_RANGE = "range"
+@dataclasses.dataclass(frozen=True)
+class _Declared:
+    """What `field` says of a field."""
+
+    range: Range | None = None
+    factor: bool = False
+
+
+_DECLARED = "declared"
 
 
 def field(
@@ -99,22 +107,39 @@ def field(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    factor: bool = False,
 ) -> Any:
     """A field of a component whose values have a range: `k: int = field(1, at_least=1)`.
 
     The range is checked with the types of a run's config, and where a component checks itself. A
     subclass that gives the field another default keeps its range.
+
+    Args:
+      default: of the field.
+      at_least, above, at_most, below: the range.
+      factor: the number only multiplies what is computed. The compiled step takes it as an argument, so
+        that configs with other factors share the program: where a router routes and an optimizer is
+        built, the field then holds a [] float32 array, of which Python cannot ask whether it is 0.
     """
-    declared = Range(at_least, above, at_most, below)
-    return dataclasses.field(default=default, metadata={_RANGE: declared})
+    declared = _Declared(Range(at_least, above, at_most, below), factor)
+    return dataclasses.field(default=default, metadata={_DECLARED: declared})
 
 
-def _range_of(cls: type, name: str) -> Range | None:
+def _declared(cls: type, name: str) -> _Declared:
+    """What the first class that says anything of a field says of it."""
     for base in cls.__mro__:
-        declared = base.__dict__.get("__dataclass_fields__", {}).get(name)
-        if declared is not None and _RANGE in declared.metadata:
-            return declared.metadata[_RANGE]
-    return None
+        found = base.__dict__.get("__dataclass_fields__", {}).get(name)
+        if found is not None and _DECLARED in found.metadata:
+            return found.metadata[_DECLARED]
+    return _Declared()
+
+
+def factors_of(component: Any) -> dict[str, float]:
+    """The component's own fields that are declared as factors, see `field`."""
+    names = [declared.name for declared in dataclasses.fields(component)]
+    return {
+        name: getattr(component, name) for name in names if _declared(type(component), name).factor
+    }
 
 
 def _hashable(value: Any) -> Any:

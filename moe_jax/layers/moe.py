@@ -43,7 +43,7 @@ from moe_jax.parallel.mesh import (
 )
 from moe_jax.parallel.sharding import axis_size, parameter_spec, partition_spec
 from moe_jax.routing.capacity import Capacity, CapacityRule
-from moe_jax.routing.router import Mean, Router, RouterInputs, Routing
+from moe_jax.routing.router import Mean, Router, RouterFactors, RouterInputs, Routing
 from moe_jax.routing.statistics import load_evenness
 from moe_jax.routing.token_choice import TopK
 
@@ -218,6 +218,10 @@ class LossShare(nnx.Variable):
     """What part of a whole batch's router loss the tokens of one microbatch are, [] float32."""
 
 
+class Factor(nnx.Variable):
+    """What stands in for a number of the router's config, [] float32."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoESums:
@@ -264,6 +268,8 @@ class MoE(nnx.Module):
       router: the router's parameters, float32, whole on every device.
       router_state: the router's arrays that no gradient trains; renewed by calls in Mode.TRAIN.
       loss_shares: name of a router loss -> its factor in `MoEReport.auxiliary_loss`; empty for 1.
+      coefficients, router_fields: name -> what stands in for a number of the router, see
+        `take_factors`; empty where the config's numbers are meant.
       reports_sums: whether reports have `sums`. This and `loss_shares` are set while a batch is
         computed in microbatches, see `moe_jax.training.microbatches`.
       path: where the module is in its model, such as "stack/stages/0/blocks/1/mlp", by which its
@@ -320,6 +326,8 @@ class MoE(nnx.Module):
         for name, value in experts.items():
             setattr(self, name, nnx.Param(value, axes=axes[name]))
         self.loss_shares = nnx.data(dict[str, LossShare]())
+        self.coefficients = nnx.data(dict[str, Factor]())
+        self.router_fields = nnx.data(dict[str, Factor]())
         self.reports_sums = False
         self.path = ""
         self.shared = _shared_experts(config, width, mlp_width, scale, jax.random.fold_in(key, 3))
@@ -385,6 +393,7 @@ class MoE(nnx.Module):
             info,
             {name: value[...] for name, value in self.router.items()} | state,
             {name: array[...] for name, array in self.experts.items()},
+            {name: factor[...] for name, factor in self.router_fields.items()},
             jax.random.key(0) if key is None else key,
             mesh=mesh,
             config=config,
@@ -395,7 +404,8 @@ class MoE(nnx.Module):
             mode=mode,
             with_sums=self.reports_sums,
         )
-        weights = self.config.router.loss_coefficients
+        weights: dict[str, Any] = self.config.router.loss_coefficients
+        weights = weights | {name: factor[...] for name, factor in self.coefficients.items()}
         weighted = [weights[name] * loss for name, loss in report.losses.items()]
         if self.loss_shares:
             shares = [self.loss_shares[name][...] for name in report.losses]
@@ -415,6 +425,26 @@ class MoE(nnx.Module):
     def experts(self) -> dict[str, nnx.Param]:
         """The experts' parameters by the names of their form."""
         return {name: getattr(self, name) for name in self.config.expert_form.axes()}
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """The dimensions of the parameters over the layers of which the module is the stack; often one."""
+        weights = next(iter(self.experts.values()))
+        return weights.shape[: weights.ndim - len(weights.get_metadata()["axes"])]
+
+    def take_factors(self, factors: RouterFactors) -> None:
+        """Lets [] float32 arrays stand in for the numbers of the router's config.
+
+        The step is compiled with them as its arguments, so that configs which differ only in these
+        numbers share the program.
+        """
+
+        def stacked(arrays: dict[str, jax.Array]) -> dict[str, Factor]:
+            shape = self.stacked_shape
+            return {n: Factor(jnp.broadcast_to(a, shape), axes=()) for n, a in arrays.items()}
+
+        self.coefficients = nnx.data(stacked(factors.coefficients))
+        self.router_fields = nnx.data(stacked(factors.fields))
 
     def _lay_out(self) -> None:
         """Puts the parameters where the mesh in force wants them, if they are elsewhere."""
@@ -486,6 +516,7 @@ def _moe(
     info: TokenInfo,
     router: dict[str, jax.Array],
     parameters: dict[str, jax.Array],
+    router_fields: dict[str, jax.Array],
     key: jax.Array,
     *,
     mesh: Any,
@@ -505,7 +536,7 @@ def _moe(
     grouped = jax.tree.map(lambda a: a.reshape(groups, -1, *a.shape[2:]), (x, info))
     index = jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32).reshape(groups, -1)
     layer = _moe_shard_map(mesh, config, num_experts, mlp_width, capacity, mode, with_sums)
-    y, report = layer(*grouped, index, router, parameters, key)
+    y, report = layer(*grouped, index, router, parameters, router_fields, key)
     return y.reshape(x.shape), report
 
 
@@ -559,7 +590,7 @@ def _moe_shard_map(
     with_sums: bool,
 ) -> Any:
     """The layer over global arrays: splits them by the mesh, Manual inside."""
-    tokens = PartitionSpec(TOKEN_AXES)
+    tokens, whole = PartitionSpec(TOKEN_AXES), PartitionSpec()
     experts = {name: partition_spec(axes) for name, axes in config.expert_form.axes().items()}
     return jax.shard_map(
         functools.partial(
@@ -572,10 +603,10 @@ def _moe_shard_map(
             with_sums=with_sums,
         ),
         mesh=mesh,
-        in_specs=(tokens, tokens, tokens, PartitionSpec(), experts, PartitionSpec()),
+        in_specs=(tokens, tokens, tokens, whole, experts, whole, whole),
         out_specs=(
             tokens,
-            MoEReport(PartitionSpec(), PartitionSpec(), routing=tokens, sums=PartitionSpec()),  # type: ignore[arg-type]
+            MoEReport(whole, whole, routing=tokens, sums=whole),  # type: ignore[arg-type]
         ),
     )
 
@@ -586,6 +617,7 @@ def _moe_of_shard(
     token_index: jax.Array,
     router: dict[str, jax.Array],
     parameters: dict[str, jax.Array],
+    router_fields: dict[str, jax.Array],
     key: jax.Array,
     *,
     config: MoEConfig,
@@ -603,11 +635,13 @@ def _moe_of_shard(
       token_index: [G, S] index in the global batch.
       router: the router's parameters, whole.
       parameters: of this device's experts, split as the axes of their form say.
+      router_fields: what stands in for numbers of the router's config.
       key: of this layer and step.
       config, num_experts, mlp_width, capacity, mode, with_sums: static.
     """
     router_key, shared_key, dropout_key = jax.random.split(key, 3)
     train = mode == Mode.TRAIN
+    bound = dataclasses.replace(config.router, **router_fields)
 
     def route(x: jax.Array, info: TokenInfo, index: jax.Array) -> Routing:
         group_key = jax.random.fold_in(router_key, index)
@@ -621,7 +655,7 @@ def _moe_of_shard(
             shared_key,
             train,
         )
-        return config.router.route(router, inputs, num_experts, capacity)
+        return bound.route(router, inputs, num_experts, capacity)
 
     with jax.named_scope("router"):
         # The group's first token stands for its global index.

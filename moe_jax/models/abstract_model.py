@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from moe_jax.layers.moe import MoE
+from moe_jax.layers.moe import Factor, MoE
 from moe_jax.models.interface import ModelConfig
+from moe_jax.routing.router import RouterFactors
 
 # Arrays of a model, or what stands in their places: dicts in dicts, with leaves of one kind.
 Tree = dict[str, Any]
@@ -23,6 +24,8 @@ class AbstractModel:
       axes: the same tree with a tuple of dimension names at each leaf.
       variable_shapes, variable_axes: the same of all else that a model keeps, such as the routers'
         expert biases.
+      factors: path of a MoE module -> the factors of its router, as the config says them.
+      given_factors: [] float32 arrays in their places, see `with_factors`; empty for the config's.
     """
 
     graph: nnx.GraphDef
@@ -30,12 +33,15 @@ class AbstractModel:
     axes: Tree
     variable_shapes: Tree
     variable_axes: Tree
+    factors: dict[str, RouterFactors] = dataclasses.field(default_factory=dict)
+    given_factors: dict[str, RouterFactors] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, config: ModelConfig) -> "AbstractModel":
         """From a model config with `build(key)`; allocates nothing."""
         model = nnx.eval_shape(lambda: config.build(jax.random.key(0)))
-        for module_path, module in moe_modules(model).items():
+        modules = moe_modules(model)
+        for module_path, module in modules.items():
             module.path = module_path
         graph, (parameters, variables) = _split(model)
         return cls(
@@ -44,11 +50,20 @@ class AbstractModel:
             _axes(parameters),
             nnx.to_pure_dict(variables),
             _axes(variables),
+            {path: RouterFactors.of(module.config.router) for path, module in modules.items()},
         )
+
+    def with_factors(self, factors: dict[str, RouterFactors]) -> "AbstractModel":
+        """The same, whose models compute with these arrays in place of the config's `factors`."""
+        return dataclasses.replace(self, given_factors=factors)
 
     def merge(self, parameters: Tree, variables: Tree | None = None) -> Any:
         """The model with these arrays; most models have no variables."""
-        return nnx.merge(self.graph, parameters, {} if variables is None else variables)
+        model = nnx.merge(self.graph, parameters, {} if variables is None else variables)
+        if self.given_factors:
+            for path, module in moe_modules(model).items():
+                module.take_factors(self.given_factors[path])
+        return model
 
 
 def moe_modules(model: nnx.Module) -> dict[str, MoE]:
@@ -67,8 +82,9 @@ def arrays_of(model: nnx.Module) -> tuple[Tree, Tree]:
 
 
 def _split(model: nnx.Module) -> tuple[nnx.GraphDef, list[nnx.State]]:
-    graph, *states = nnx.split(model, nnx.Param, ...)
-    return graph, states
+    graph, *states = nnx.split(model, nnx.Param, Factor, ...)
+    parameters, _, variables = states
+    return graph, [parameters, variables]
 
 
 def _axes(state: nnx.State) -> Tree:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from moe_jax.component import field
 from moe_jax.errors import UserError
 from moe_jax.routing import losses, scores
 from moe_jax.routing.losses import Losses
@@ -20,7 +21,6 @@ from moe_jax.routing.token_choice import (
     LinearRouter,
     TokenChoice,
     validate_expert_groups,
-    validate_gate_scale,
 )
 
 
@@ -88,7 +88,7 @@ class DeepSeekV2(LinearRouter):
             devices_per_token=3,
         )
     )
-    gate_scale: float = 16.0
+    gate_scale: float = field(16.0, above=0, factor=True)
 
     @property
     def largest_gate(self) -> float:
@@ -98,7 +98,6 @@ class DeepSeekV2(LinearRouter):
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
         super().validate(num_experts)
-        validate_gate_scale(self.gate_scale)
         if self.losses.devices == 1:
             raise UserError(
                 "router.losses.devices is 1, so DeepSeekV2 limits nothing; set it to the number of "
@@ -156,7 +155,7 @@ class DeepSeekV3(TokenChoice):
     groups: int = 8
     groups_per_token: int = 4
     renormalize: bool = True
-    gate_scale: float = 2.5
+    gate_scale: float = field(2.5, above=0, factor=True)
     bias_rate: float = 1e-3
 
     @property
@@ -167,7 +166,6 @@ class DeepSeekV3(TokenChoice):
     def validate(self, num_experts: int) -> None:
         """Raises UserError for fields out of range."""
         super().validate(num_experts)
-        validate_gate_scale(self.gate_scale)
         if not self.bias_rate >= 0:
             raise UserError(
                 f"router.bias_rate is {self.bias_rate}; it must be above 0, or 0 to keep the bias."

@@ -10,12 +10,13 @@ Everything here and in the routers is written for ONE group; callers lift it ove
 
 import abc
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
-from moe_jax.component import Component
+from moe_jax.component import Component, factors_of
 from moe_jax.routing.capacity import Capacity
 
 register = jax.tree_util.register_dataclass
@@ -161,6 +162,8 @@ class Router(Component, abc.ABC):
 
     A new router is a dataclass that inherits from this one, says how it routes, and overrides what
     differs from the defaults here: no parameters, no losses, causal, one expert per token.
+
+    Numbers that only multiply are arguments of the compiled step, see `RouterFactors`.
     """
 
     @property
@@ -232,3 +235,23 @@ class Router(Component, abc.ABC):
     def next_state(self, state: Arrays, statistics: Arrays) -> Arrays:
         """The state after a training step, from the statistics of the whole global batch."""
         return state
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class RouterFactors:
+    """What only multiplies in a router: numbers, or [] float32 arrays in place of them.
+
+    Attributes:
+      coefficients: of the entries of `Routing.losses`. A loss with the coefficient 0 is not among them:
+        it is not computed at all, which makes another program.
+      fields: those of the router that are declared as factors, see `moe_jax.component.field`.
+    """
+
+    coefficients: dict[str, Any]
+    fields: dict[str, Any]
+
+    @classmethod
+    def of(cls, router: Router) -> "RouterFactors":
+        """The router's own numbers."""
+        return cls(router.loss_coefficients, factors_of(router))

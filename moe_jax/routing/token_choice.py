@@ -150,12 +150,6 @@ def validate_k(k: int, num_experts: int) -> None:
         )
 
 
-def validate_gate_scale(gate_scale: float) -> None:
-    """Raises UserError unless the scale is above 0."""
-    if not gate_scale > 0:
-        raise UserError(f"router.gate_scale is {gate_scale}; it must be above 0.")
-
-
 def validate_expert_groups(groups: int, groups_per_token: int, num_experts: int) -> None:
     """Raises UserError unless the groups divide E and a token can go to that many of them."""
     if groups < 1 or num_experts % groups:
@@ -303,17 +297,12 @@ class TopK(LinearRouter):
 
     losses: Losses = dataclasses.field(default_factory=lambda: Losses(load_balancing=1e-2))
     renormalize: bool = False
-    gate_scale: float = 1.0
+    gate_scale: float = field(1.0, above=0, factor=True)
 
     @property
     def largest_gate(self) -> float:
         """Probabilities times the scale."""
         return self.gate_scale
-
-    def validate(self, num_experts: int) -> None:
-        """Raises UserError for fields out of range."""
-        super().validate(num_experts)
-        validate_gate_scale(self.gate_scale)
 
     def choose(self, parameters: Arrays, inputs: RouterInputs, num_experts: int) -> Choice:
         """The K most probable experts of each token."""

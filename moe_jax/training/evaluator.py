@@ -7,7 +7,10 @@ import jax
 import numpy as np
 
 from moe_jax.data.interface import Pipeline
+from moe_jax.models.abstract_model import Tree
+from moe_jax.tasks.task import Batch, Sums
 from moe_jax.training import metrics
+from moe_jax.training.hyperparameters import Hyperparameters
 from moe_jax.training.run import Run
 from moe_jax.training.step import evaluation_step
 
@@ -30,7 +33,12 @@ class Evaluator:
         self._run, self._domains = run, data.domains
         self._batches = data.held_out_batches(split, batches)
         self.num_batches = len(self._batches)
-        step = evaluation_step(run.abstract_model, run.config.task, len(data.domains))
+
+        def step(parameters: Tree, variables: Tree, batch: Batch, given: Hyperparameters) -> Sums:
+            abstract_model = run.abstract_model.with_factors(given.routers)
+            one_step = evaluation_step(abstract_model, run.config.task, len(data.domains))
+            return one_step(parameters, variables, batch)
+
         self._step = jax.jit(step, out_shardings=run.replicated)
 
     def __call__(self, parameters: Any, variables: Any) -> metrics.Record:
@@ -40,8 +48,9 @@ class Evaluator:
         """
         totals: dict[str, np.ndarray] = {}
         for batch in self._batches:
-            placed = self._run.put_batch(batch)
-            for name, sums in jax.device_get(self._step(parameters, variables, placed)).items():
+            placed, given = self._run.put_batch(batch), self._run.hyperparameters
+            found = jax.device_get(self._step(parameters, variables, placed, given))
+            for name, sums in found.items():
                 totals[name] = totals.get(name, 0) + np.asarray(sums, np.float64)
         record = {}
         for name, (sums, counts) in totals.items():

@@ -322,7 +322,7 @@ class _Loop:
                     signals = self.signals(number)
                     with jax.profiler.StepTraceAnnotation("train", step_num=step):
                         state, step_metrics = self.run.train_step(
-                            state, batch, signals, self.run.noise_key_data
+                            state, batch, signals, self.run.hyperparameters
                         )
                     clock.after_call()
                     if tracer.after(step, step_metrics):

@@ -182,7 +182,7 @@ def _accumulating(model: nnx.Module, shares: _OfLosses) -> nnx.Module:
     """The model, changed in place: its MoE modules report sums and know their shares of the losses."""
     for path, moe in moe_modules(model).items():
         moe.reports_sums = True
-        stacked = _stacked_shape(moe)
+        stacked = moe.stacked_shape
         moe.loss_shares = nnx.data(
             {
                 name: LossShare(share.reshape(stacked), axes=())
@@ -190,12 +190,6 @@ def _accumulating(model: nnx.Module, shares: _OfLosses) -> nnx.Module:
             }
         )
     return model
-
-
-def _stacked_shape(moe: MoE) -> tuple[int, ...]:
-    """The dimensions of a module's parameters over the layers of which it is the stack; often one."""
-    weights = next(iter(moe.experts.values()))
-    return weights.shape[: weights.ndim - len(weights.get_metadata()["axes"])]
 
 
 def _joined(report: MoEReport, factor: jax.Array) -> MoEReport:
@@ -230,7 +224,7 @@ def _next_variables(
     check_pairs(modules, reports)
     for report in reports:
         path, moe = report.path, modules[report.path]
-        stacked = _stacked_shape(moe)
+        stacked = moe.stacked_shape
         states = {
             name: state[...].reshape(-1, *state.shape[len(stacked) :])
             for name, state in moe.router_state.items()

@@ -17,6 +17,7 @@ from moe_jax.tasks.task import Batch
 from moe_jax.training import experiment
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.experiment import Experiment
+from moe_jax.training.hyperparameters import Hyperparameters
 from moe_jax.training.memory import check_state_fits
 from moe_jax.training.state import (
     TrainState,
@@ -25,7 +26,7 @@ from moe_jax.training.state import (
     state_shapes,
     state_shardings,
 )
-from moe_jax.training.step import all_finite, noise_key, train_step
+from moe_jax.training.step import all_finite, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,25 +92,27 @@ class Run:
 
     @functools.cached_property
     def train_step(self) -> Any:
-        """The jitted step (state, batch, signals, key data) -> (state, metrics).
+        """The jitted step (state, batch, signals, hyperparameters) -> (state, metrics).
 
-        It takes over the state. `signals` are those of `broadcast_signal`, the key data `noise_key_data`;
-        metrics are whole on every device.
+        It takes over the state. `signals` are those of `broadcast_signal`, the last argument is
+        `hyperparameters`; metrics are whole on every device.
         """
-        config = self.config
-        one_step = train_step(
-            self.abstract_model,
-            config.task,
-            self.optimizer,
-            config.skip_nonfinite,
-            config.microbatches,
-            self.are_finite,
-        )
+        config, abstract_model = self.config, self.abstract_model
 
         def step(
-            state: TrainState, batch: Batch, signals: jax.Array, key_data: jax.Array
+            state: TrainState, batch: Batch, signals: jax.Array, given: Hyperparameters
         ) -> tuple[TrainState, Any]:
-            state, step_metrics = one_step(state, batch, jax.random.wrap_key_data(key_data))
+            optimizer = dataclasses.replace(config.optimizer, **given.optimizer)
+            one_step = train_step(
+                abstract_model.with_factors(given.routers),
+                config.task,
+                optimizer.build(config.steps, abstract_model.axes),
+                config.skip_nonfinite,
+                config.microbatches,
+                self.are_finite,
+            )
+            noise_key = jax.random.wrap_key_data(given.noise_key_data)
+            state, step_metrics = one_step(state, batch, noise_key)
             return state, {**step_metrics, "signal": signals.max()}
 
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, self.replicated))
@@ -133,14 +136,18 @@ class Run:
         return of_each(tree).all()
 
     @functools.cached_property
-    def noise_key_data(self) -> jax.Array:
-        """uint32, of the key of dropout and router noise."""
-        data = np.asarray(jax.random.key_data(noise_key(self.config.seed)))
-        return jax.make_array_from_callback(data.shape, self.replicated, lambda _: data)
+    def hyperparameters(self) -> Hyperparameters:
+        """The config's, whole on every device."""
+
+        def everywhere(value: Any) -> jax.Array:
+            array = np.asarray(value)
+            return jax.make_array_from_callback(array.shape, self.replicated, lambda _: array)
+
+        return jax.tree.map(everywhere, Hyperparameters.of(self.config, self.abstract_model))
 
     def abstract_arguments(
         self,
-    ) -> tuple[TrainState, dict[str, Any], jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    ) -> tuple[TrainState, dict[str, Any], jax.ShapeDtypeStruct, Hyperparameters]:
         """What `train_step` is called with: shapes and shardings in place of arrays."""
         rows = NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES))
         batch = {
@@ -150,9 +157,11 @@ class Run:
         signals = jax.ShapeDtypeStruct(
             (self.mesh.size,), np.int32, sharding=NamedSharding(self.mesh, PartitionSpec(AXES))
         )
-        key_data = jax.eval_shape(lambda: jax.random.key_data(noise_key(0)))
-        key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=self.replicated)
-        return abstract_state(self.shapes, self.shardings), batch, signals, key_data
+        hyperparameters = jax.tree.map(
+            lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=self.replicated),
+            jax.eval_shape(lambda: Hyperparameters.of(self.config, self.abstract_model)),
+        )
+        return abstract_state(self.shapes, self.shardings), batch, signals, hyperparameters
 
     def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
         """The state of a checkpoint, laid out for this run's mesh.

@@ -50,7 +50,7 @@ class ScheduledRate(Component):
         COSINE and LINEAR have come to their end before.
     """
 
-    learning_rate: float = field(1e-3, above=0)
+    learning_rate: float = field(1e-3, above=0, factor=True)
     schedule: Schedule = Schedule.COSINE
     warmup_steps: int = field(0, at_least=0)
     constant_steps: int = field(0, at_least=0)

@@ -85,7 +85,7 @@ def library(data_dir):
         before = jax.device_get(renamed(state.parameters))
         for batch in batches:
             state, metrics = run.train_step(
-                state, run.put_batch(batch), broadcast_signal(run.mesh, 0), run.noise_key_data
+                state, run.put_batch(batch), broadcast_signal(run.mesh, 0), run.hyperparameters
             )
             losses.append(float(metrics["loss"]))
             auxiliary_losses.append(float(metrics["auxiliary_loss"]))

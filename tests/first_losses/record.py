@@ -91,7 +91,7 @@ def first_losses(name: str) -> dict[str, Any]:
         drawn = digest(state.parameters)
         for batch in batches_of(name, config):
             state, metrics = run.train_step(
-                state, run.put_batch(batch), broadcast_signal(run.mesh, 0), run.noise_key_data
+                state, run.put_batch(batch), broadcast_signal(run.mesh, 0), run.hyperparameters
             )
             losses.append(float(metrics["loss"]).hex())
     return {"drawn": drawn, "losses": losses, "parameters": digest(state.parameters)}

@@ -302,7 +302,7 @@ def test_how_blocks_are_grouped_changes_no_loss_in_training(data_dir):
             starts.append(by_block(model, state.parameters["stack"]))
             for batch in batches:
                 state, metrics = run.train_step(
-                    state, run.put_batch(batch), broadcast_signal(run.mesh, 0), run.noise_key_data
+                    state, run.put_batch(batch), broadcast_signal(run.mesh, 0), run.hyperparameters
                 )
                 found.append(float(metrics["loss"]))
         losses.append(found)

@@ -127,6 +127,19 @@ def test_a_lost_config_is_brought_back_from_a_checkpoint(run, caplog):
     assert steps(workdir) == list(range(1, 9))
 
 
+@pytest.mark.parametrize(
+    "field", ["optimizer.learning_rate", "model.moe.router.losses.load_balancing"]
+)
+def test_a_run_does_not_go_on_with_other_numbers(run, field):
+    """Though its compiled step takes them."""
+    config, workdir = run
+    config = configuration.changed(config, {field: 0.123})
+    with pytest.raises(
+        UserError, match=rf"holds another run: config\.{field} \(the run has .* 0.123\)"
+    ):
+        loop.train(config, workdir)
+
+
 def test_without_its_checkpoints_a_run_does_not_begin_anew(run):
     config, workdir = run
     shutil.rmtree(workdir / "checkpoints")

@@ -117,7 +117,7 @@ def _ours(shape: DecoderShape) -> Call:
 
     def call() -> Any:
         with jax.set_mesh(run.mesh):
-            state[0], metrics = run.train_step(state[0], placed, signals, run.noise_key_data)
+            state[0], metrics = run.train_step(state[0], placed, signals, run.hyperparameters)
         return metrics["loss"]
 
     return call
