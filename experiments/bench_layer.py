@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from moe_jax import command_line
 from moe_jax.analysis import figures
-from moe_jax.analysis.benchmark import plan, products, report, rows, steps
+from moe_jax.analysis.benchmark import plan, products, report, rows
 from moe_jax.analysis.benchmark.cases import Pass, Skew
 from moe_jax.analysis.benchmark.rows import Row
 from moe_jax.analysis.benchmark.timing import THOROUGH
 from moe_jax.errors import UserError
-from moe_jax.training import provenance
+from moe_jax.training import provenance, step_benchmark
 
 _QUICK = flags.DEFINE_bool("quick", False, "Four shapes and the variants that the goals are about.")
 _PRODUCTS = flags.DEFINE_bool("products", False, "Compare backends of the grouped product instead.")
@@ -139,10 +139,10 @@ def _measure_products(shapes: Sequence[products.ProductShape]) -> Iterator[Row]:
 
 
 def _measure_steps() -> Iterator[Row]:
-    with tqdm(total=len(steps.SHAPES), unit="shape", smoothing=0) as bar:
-        for shape in steps.SHAPES:
+    with tqdm(total=len(step_benchmark.SHAPES), unit="shape", smoothing=0) as bar:
+        for shape in step_benchmark.SHAPES:
             bar.set_description(f"width {shape.width}, {shape.experts or 'no'} experts")
-            yield from steps.measure_steps(shape, steps.ROUNDS)
+            yield from step_benchmark.measure_steps(shape, step_benchmark.ROUNDS)
             bar.update()
 
 

@@ -21,7 +21,6 @@ from moe_jax.analysis.benchmark import (
     products,
     report,
     rows,
-    steps,
     timing,
 )  # fmt: skip
 from moe_jax.analysis.benchmark.cases import Pass, Shape, Skew
@@ -32,6 +31,7 @@ from moe_jax.analysis.floors.decoder import DecoderShape
 from moe_jax.analysis.hlo import Program
 from moe_jax.dispatch.grouped_matmul.interface import Backend
 from moe_jax.errors import UserError
+from moe_jax.training import step_benchmark
 from tests.scripts import ROOT, script
 
 ONCE = Rounds(rounds=1, least_rounds=1, seconds=0)
@@ -412,15 +412,18 @@ def test_a_mistyped_flag():
 def test_whole_steps_beside_a_bare_program(monkeypatch):
     """Both programs train: the same loss at the start, about log(256), and a lower one later."""
     losses = {}
-    monkeypatch.setattr(steps, "interleaved", lambda calls, _: losses.update(calls) or TIMES)
+    monkeypatch.setattr(
+        step_benchmark, "interleaved", lambda calls, _: losses.update(calls) or TIMES
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for experts in (0, 4):
         tiny = DecoderShape(64, experts, layers=1, head_width=32, rows=2, length=32)
-        found = list(steps.measure_steps(tiny, ONCE))
+        found = list(step_benchmark.measure_steps(tiny, ONCE))
         left_out = [row for row in found if "left_out" in row]
-        assert [row["program"] for row in left_out] == [steps.EAGER, steps.GROUPED][
-            : 1 + bool(experts)
-        ]
+        assert [row["program"] for row in left_out] == [
+            step_benchmark.EAGER,
+            step_benchmark.GROUPED,
+        ][: 1 + bool(experts)]
         assert "parity" in left_out[0]["left_out"]
         for call in losses.values():
             first = float(call())
@@ -429,14 +432,14 @@ def test_whole_steps_beside_a_bare_program(monkeypatch):
             )  # A tied table first expects the same token again.
             assert min(float(call()) for _ in range(20)) < first
         ours, bare = (row for row in found if "rounds" in row)
-        assert (ours["program"], bare["program"]) == (steps.OURS, steps.BARE)
+        assert (ours["program"], bare["program"]) == (step_benchmark.OURS, step_benchmark.BARE)
         assert (ours["milliseconds"], ours["ratio_to_bare"]) == (3000, 1.5)
         assert bare["tokens_per_second"] == 64 / 2
         assert "| width 64, " in report.steps_page(found)
         assert "3000 (1.50) | 2000 (1.00) |" in report.steps_page(found)
 
 
-TIMES = {steps.OURS: np.array([3.0, 3.0]), steps.BARE: np.array([2.0, 2.0])}
+TIMES = {step_benchmark.OURS: np.array([3.0, 3.0]), step_benchmark.BARE: np.array([2.0, 2.0])}
 
 
 def test_the_bare_program_computes_what_its_flops_say():

@@ -24,6 +24,8 @@ SMALL = [
     f"--config.data.sequence_length={LENGTH}",
     f"--config.data.batch_size={BATCH}",
     f"--config.model.moe.group_size={GROUP}",
+    "--config.mesh.data=2",
+    "--config.mesh.expert=4",
 ]
 EXPERTS = get_config().model.num_experts
 CAPACITY = get_config().model.moe.capacity.expert_capacity(GROUP, 1, EXPERTS, train=True)

@@ -43,8 +43,8 @@ def test_quickstart_prints_a_sample_a_table_and_what_it_used(quickstart):
         "executed FLOPs/token",
         "dropped at the last step",
         "python_library, sha256 ",
-        "devices: 8 x cpu",
-        "mesh data=2 x expert=4 x model=1",
+        "devices: 2 x cpu",
+        "mesh data=1 x expert=2 x model=1",
         str(workdir / "quickstart.png"),
     ):
         assert words in done.stdout, words

@@ -15,6 +15,16 @@ from moe_jax.analysis.benchmark.rows import Row
 from moe_jax.analysis.benchmark.timing import Rounds, interleaved, ratio_quartiles
 from moe_jax.analysis.floors import decoder
 from moe_jax.analysis.floors.decoder import DecoderShape
+from moe_jax.data.pipelines import TextData
+from moe_jax.dispatch.dropless import Dropless
+from moe_jax.layers.feed_forward import Activation, FeedForwardForm
+from moe_jax.layers.moe import MoEConfig
+from moe_jax.models.decoder_lm import DecoderLMConfig
+from moe_jax.routing.losses import Losses
+from moe_jax.routing.token_choice import TopK
+from moe_jax.training.experiment import Experiment
+from moe_jax.training.optimizers import AdamW
+from moe_jax.training.run import Run, broadcast_signal
 
 SHAPES = [DecoderShape(width, experts) for width in (128, 256) for experts in (0, 8)]
 OURS, BARE = "moe_jax", "bare jax.numpy"
@@ -74,18 +84,6 @@ def _tokens(shape: DecoderShape) -> np.ndarray:
 
 def _ours(shape: DecoderShape) -> Call:
     """The trainer's own step of a decoder on one device, statistics and router losses included."""
-    # Imported here, because the trainer takes a second that the layers' benchmark need not spend.
-    from moe_jax.data.pipelines import TextData
-    from moe_jax.dispatch.dropless import Dropless
-    from moe_jax.layers.feed_forward import Activation, FeedForwardForm
-    from moe_jax.layers.moe import MoEConfig
-    from moe_jax.models.decoder_lm import DecoderLMConfig
-    from moe_jax.routing.losses import Losses
-    from moe_jax.routing.token_choice import TopK
-    from moe_jax.training.experiment import Experiment
-    from moe_jax.training.optimizers import AdamW
-    from moe_jax.training.run import Run, broadcast_signal
-
     form = FeedForwardForm(activation=Activation.SILU, gated=True)
     model = DecoderLMConfig(
         num_layers=shape.layers,
