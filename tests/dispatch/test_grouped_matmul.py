@@ -289,9 +289,9 @@ MOSAIC, TRITON = Backend.TOKAMAX_MOSAIC, Backend.TOKAMAX_TRITON
         ("gpu", 9.0, BOTH, jnp.bfloat16, 500, (TRITON, TRITON, TRITON)),
         ("gpu", 8.0, BOTH, jnp.bfloat16, 512, (TRITON, TRITON, TRITON)),
         ("gpu", 10.0, BOTH, jnp.bfloat16, 512, (TRITON, TRITON, TRITON)),
-        ("gpu", 9.0, MOSAIC_ONLY, jnp.float32, 512, (RAGGED, RAGGED, RAGGED)),
-        ("gpu", 9.0, NONE, jnp.bfloat16, 512, (RAGGED, RAGGED, RAGGED)),
-        ("gpu", 7.5, BOTH, jnp.bfloat16, 512, (RAGGED, RAGGED, RAGGED)),
+        ("gpu", 9.0, MOSAIC_ONLY, jnp.float32, 512, (BLOCKS, BLOCKS, BLOCKS)),
+        ("gpu", 9.0, NONE, jnp.bfloat16, 512, (BLOCKS, BLOCKS, BLOCKS)),
+        ("gpu", 7.5, BOTH, jnp.bfloat16, 512, (BLOCKS, BLOCKS, BLOCKS)),
     ],
 )
 def test_automatic_choice(monkeypatch, platform, capability, available, dtype, width, expected):
@@ -303,8 +303,8 @@ def test_automatic_choice(monkeypatch, platform, capability, available, dtype, w
 
 
 def test_the_choice_and_a_slower_path_are_logged_once(monkeypatch, caplog):
-    interface._log_once.cache_clear()
-    interface._warn_of_ragged_dot.cache_clear()
+    for once in (interface._log_once, interface._warn_of_blocks, interface._warn_of_ragged_dot):
+        once.cache_clear()
     lhs, rhs, _ = map(jnp.asarray, arrays())
     with caplog.at_level(logging.INFO, logger=interface.__name__):
         for _ in range(2):
@@ -314,11 +314,14 @@ def test_the_choice_and_a_slower_path_are_logged_once(monkeypatch, caplog):
         pretend(monkeypatch, "gpu", 9.0, NONE)
         for _ in range(2):
             interface._choose(GroupedMatmul(), lhs, F)
+            interface._choose(GroupedMatmul(RAGGED, RAGGED, RAGGED), lhs, F)
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 3
+    assert len(messages) == 5
     assert "cpu: forward blocks, lhs_gradient blocks, rhs_gradient blocks" in messages[0]
     assert "no kernel of tokamax is installed" in messages[1]
-    assert "gpu: forward ragged_dot" in messages[2]
+    assert "gpu: forward blocks" in messages[2]
+    assert "all rows by all experts" in messages[3]
+    assert "gpu: forward ragged_dot" in messages[4]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ class Backend(enum.StrEnum):
     AUTO: the fastest known for the platform, the operation and the shapes.
     REFERENCE: every row times every matrix.
     BLOCKS: a loop over blocks of rows; made for CPUs.
-    RAGGED_DOT: `jax.lax.ragged_dot_general`.
+    RAGGED_DOT: `jax.lax.ragged_dot_general`. For CPUs and GPUs XLA multiplies all rows by all matrices,
+      in E times the time and in buffers of [E, R, d], so AUTO never chooses it.
     MEGABLOX: JAX's Pallas kernels for TPUs.
     TOKAMAX_MOSAIC: the tokamax package's kernels for NVIDIA Hopper.
     TOKAMAX_TRITON: the tokamax package's kernels for NVIDIA GPUs since Ampere.
@@ -234,8 +235,10 @@ def _choose(backends: GroupedMatmul, lhs: jax.Array, width: int) -> _Chosen:
             )
         if backend == Backend.AUTO:
             backend = default
-            if platform == "gpu" and backend == Backend.RAGGED_DOT:
-                _warn_of_ragged_dot()
+            if platform == "gpu" and backend == Backend.BLOCKS:
+                _warn_of_blocks()
+        if platform == "gpu" and backend == Backend.RAGGED_DOT:
+            _warn_of_ragged_dot()
         values.append(backend)
     chosen = _Chosen(*values)
     _log_once(chosen, platform)
@@ -270,15 +273,24 @@ def _automatic_on_gpu(lhs: jax.Array, width: int) -> _Chosen:
         return _Chosen(Backend.TOKAMAX_MOSAIC, Backend.TOKAMAX_MOSAIC, of_rhs)
     if has_triton:
         return _Chosen(Backend.TOKAMAX_TRITON, Backend.TOKAMAX_TRITON, Backend.TOKAMAX_TRITON)
-    return _Chosen(Backend.RAGGED_DOT, Backend.RAGGED_DOT, Backend.RAGGED_DOT)
+    # Not `ragged_dot`: compiled for an H100 by jax 0.10.2 and 0.12.0.1, it takes E * R * d * 2 bytes.
+    return _Chosen(Backend.BLOCKS, Backend.BLOCKS, Backend.BLOCKS)
+
+
+@functools.cache
+def _warn_of_blocks() -> None:
+    _LOG.warning(
+        "no kernel of tokamax is installed for this GPU, these widths and this dtype, so grouped "
+        "products are a loop over blocks of rows, which starts several kernels for each; install the "
+        "extra gpu, and use bfloat16 and widths that are multiples of 128."
+    )
 
 
 @functools.cache
 def _warn_of_ragged_dot() -> None:
     _LOG.warning(
-        "no kernel of tokamax is installed for this GPU, these widths and this dtype, so grouped "
-        "products go to jax.lax.ragged_dot, which may multiply all rows by all groups; install the "
-        "extra gpu, and use bfloat16 and widths that are multiples of 128."
+        "grouped products go to jax.lax.ragged_dot, as the config says; for GPUs XLA makes it multiply "
+        "all rows by all experts, so use auto unless it is to be measured."
     )
 
 
