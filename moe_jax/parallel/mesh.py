@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import jax
 from jax._src import distributed
 from jax.experimental import mesh_utils
+from jax.extend.backend import get_default_device
 from jax.sharding import AxisType, Mesh
 
 from moe_jax.component import Component
@@ -193,11 +194,20 @@ def platform_in_force() -> str:
 
 
 def nvidia_capability() -> float:
-    """Compute capability of the first device; 0 where it is no NVIDIA GPU."""
-    try:
-        return float(getattr(jax.local_devices()[0], "compute_capability", 0))
-    except ValueError:  # AMD's are names.
-        return 0.0
+    """CUDA compute capability of the GPUs of the mesh set, such as 9.0 of an H100; 0 of other devices.
+
+    A mesh's abstract device names its kind, but not the capability. So it is that of a device of the same
+    kind: the one that `jax.default_device` sets, as whoever compiles for GPUs that are not here must,
+    or one of this process.
+    """
+    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
+    for device in (get_default_device(), *jax.local_devices()):
+        if of_mesh is None or device.device_kind == of_mesh.device_kind:
+            try:
+                return float(getattr(device, "compute_capability", 0))
+            except ValueError:  # AMD's are names.
+                return 0.0
+    return 0.0
 
 
 def parse_mesh(text: str, config: MeshConfig) -> MeshConfig:

@@ -1,7 +1,8 @@
 """The training step of a config, compiled for a machine that need not be here.
 
-For TPUs libtpu compiles on any Linux x86-64 host. GPUs must be there, and as many as the mesh has;
-without them XLA for CPU compiles the same mesh, whose collectives and memory are near those of GPUs,
+For TPUs libtpu compiles on any Linux x86-64 host, for GPUs XLA's plugin for CUDA. Neither asks for the
+hardware; only, without GPUs the plugin does not try which of its own kernels are fastest. Where the plugin
+is not installed, XLA for CPU compiles the same mesh, whose collectives and memory are near those of GPUs,
 while its FLOPs are those of CPU code, without attention kernels.
 """
 
@@ -10,10 +11,11 @@ import dataclasses
 import importlib.metadata
 import logging
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -24,8 +26,8 @@ from moe_jax.analysis.accounting.training import TrainingFlops, training_flops
 from moe_jax.analysis.hlo import Program
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import force_host_devices, mesh_of
-from moe_jax.pods import hardware
-from moe_jax.pods.hardware import Topology
+from moe_jax.pods import absent_gpu, hardware
+from moe_jax.pods.hardware import GPU_COMPILER, Chip, Topology
 from moe_jax.pods.report import GIB, CollectiveSum, DeviceMemory, PodReport, Terms
 from moe_jax.pods.roofline import collective_seconds, roofline
 from moe_jax.training.experiment import Experiment
@@ -62,13 +64,19 @@ def compile_step(
             f"the mesh {config.mesh} has {config.mesh.size} devices, but {topology.name} has "
             f"{topology.devices} ({topology.chips} chips); make the axes multiply to that."
         )
+    if config.mesh.data % topology.slices:
+        raise UserError(
+            f"mesh.data is {config.mesh.data}, which the {topology.slices} slices or clusters of "
+            f"{topology.name} do not divide; only the data axis goes over them, so make it a multiple of "
+            f"{topology.slices}."
+        )
     config.validate()
     devices, platform = _devices(topology)
     run = Run.on(config, mesh_of(config.mesh, devices))
     counted = config.with_group_sizes()
     accounted = training_flops(counted.model, counted.data, platform, run.mesh.shape)
     start = time.perf_counter()
-    compiled, refusal = _compile(run, topology.chip.hbm)
+    compiled, refusal = _compile(run, topology, platform)
     seconds = time.perf_counter() - start
     memory = _memory(run, topology, compiled, refusal)
     reading = _read(run, topology, compiled, accounted)
@@ -90,6 +98,7 @@ def compile_step(
         tokens_per_step=config.data.batch_size * config.data.tokens_per_row,
         unit="token" if config.data.tokens_per_row > 1 else "image",
         hbm=memory,
+        memory_fraction=memory_fraction(topology.chip),
         fits=not refusal and not memory.missing,
         refusal=refusal,
         flops_per_device=reading.flops,
@@ -103,34 +112,74 @@ def compile_step(
     )
 
 
+# What compiles for a platform, the first that is installed.
+_COMPILERS = {
+    "tpu": ("libtpu",),
+    "gpu": ("jax-cuda12-pjrt", "jax-cuda13-pjrt", "jaxlib"),
+    "cpu": ("jaxlib",),
+}
+
+
 def compiler_version(platform: str) -> str:
-    """Such as `libtpu 0.0.42.1`; of XLA itself for other platforms.
+    """Such as `libtpu 0.0.42.1`; of XLA itself for CPUs, also where they stand for GPUs.
 
     Raises:
       UserError: libtpu is not installed.
     """
-    package = "libtpu" if platform == "tpu" else "jaxlib"
+    for package in _COMPILERS[platform]:
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise UserError(
+        "libtpu, which compiles for TPUs, is not installed; run make install EXTRA=tpu on Linux on "
+        "x86_64."
+    )
+
+
+# The newer name goes first, as in JAX.
+_FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+def memory_fraction(chip: Chip) -> float:
+    """The share of a device's `hbm` that a program may use: all of a TPU, of a GPU what JAX takes.
+
+    JAX takes three quarters of a GPU when it starts, unless one of its variables says how much.
+
+    Raises:
+      UserError: the variable is no number above 0 and up to 1.
+    """
+    if not chip.gpu:
+        return 1.0
+    name, text = next(
+        ((name, value) for name in _FRACTION_VARIABLES if (value := os.environ.get(name))),
+        ("", "0.75"),
+    )
     try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError as error:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction <= 1:
         raise UserError(
-            "libtpu, which compiles for TPUs, is not installed; run make install EXTRA=tpu on Linux on "
-            "x86_64."
-        ) from error
+            f"{name} is {text!r}; it is the share of a GPU's memory that JAX takes, such as 0.9."
+        )
+    return fraction
 
 
 def _devices(topology: Topology) -> tuple[Sequence[jax.Device], str]:
     """(devices to compile for, their platform)."""
-    if topology.chip.platform == "tpu":
-        return hardware.describe(topology), "tpu"
+    try:
+        return hardware.describe(topology), topology.chip.platform
+    except hardware.NoCompilerError:
+        if not topology.chip.gpu:
+            raise
     force_host_devices(topology.devices)  # Before the backend starts.
-    if jax.default_backend() == "gpu" and jax.device_count() >= topology.devices:
-        return jax.devices()[: topology.devices], "gpu"
     devices = jax.devices("cpu")[: topology.devices]
     if len(devices) < topology.devices:
         raise UserError(
             f"topology is {topology.name}, but there are {len(devices)} CPU devices to stand for its "
-            f"{topology.devices} GPUs; compile it in a process that has not used JAX yet."
+            f"{topology.devices} GPUs; compile it in a process that has not used JAX yet, or "
+            f"{GPU_COMPILER}."
         )
     _LOG.warning("%s", stand_in_sentence(topology.name))
     return devices, "cpu"
@@ -139,19 +188,23 @@ def _devices(topology: Topology) -> tuple[Sequence[jax.Device], str]:
 def stand_in_sentence(hardware: str) -> str:
     """What to know of a report that was compiled for CPUs in place of GPUs."""
     return (
-        f"XLA for CPU compiles the mesh in place of {hardware}, which is not here: collectives and "
-        "memory are near those of GPUs, FLOPs and times are not."
+        f"XLA for CPU compiles the mesh in place of {hardware}, because XLA's plugin for CUDA is not "
+        "installed: collectives and memory are near those of GPUs, FLOPs and times are not. To compile for "
+        f"GPUs, {GPU_COMPILER}."
     )
 
 
-def _compile(run: Run, capacity: int) -> tuple[Any, str]:
+def _compile(run: Run, topology: Topology, platform: str) -> tuple[Any, str]:
     """(compiled step, "") or (None, why it cannot be for lack of memory)."""
-    if _state_bytes(run)[0] > capacity:
+    if _state_bytes(run)[0] > _capacity(topology):
         return None, "parameters and optimizer state alone are too large"
-    with _no_cache(), jax.set_mesh(run.mesh):
+    gpu = platform == "gpu"
+    options = absent_gpu.compiler_options(topology.code) if gpu else None
+    around = absent_gpu.as_if_here(run.mesh.devices.flat[0]) if gpu else nullcontext()
+    with _no_cache(), jax.set_mesh(run.mesh), around:
         lowered = run.train_step.lower(*run.abstract_arguments())
         try:
-            return lowered.compile(), ""
+            return lowered.compile(options), ""
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).split("\n", 1)[0]
             if _REFUSAL.search(reason):
@@ -173,9 +226,14 @@ def _no_cache() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", enabled)
 
 
+def _capacity(topology: Topology) -> int:
+    """Bytes of a device that a program may use."""
+    return int(topology.chip.hbm * memory_fraction(topology.chip))
+
+
 def _memory(run: Run, topology: Topology, compiled: Any, refusal: str) -> DeviceMemory:
     state, parameters, optimizer_state = _state_bytes(run)
-    capacity = topology.chip.hbm
+    capacity = _capacity(topology)
     if compiled:
         found = compiled.memory_analysis()
         return DeviceMemory(

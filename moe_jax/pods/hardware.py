@@ -7,8 +7,9 @@ v2, v3 or 7x each core is a device with half of the chip's memory. A GPU is a de
 Two ways to write a machine: as Google Cloud names slices, tpu-v4-1024 (or v4-1024), where the number
 counts cores or chips depending on the generation; and as libtpu does, v4:8x8x8, the chips along each
 dimension of the torus. `2*tpu-v5e-256` is two slices, which only the data-center network connects.
-GPUs are written gpu-h100-64; a host of eight, within which NVLink connects all, takes the place of a
-slice.
+GPUs are written the same two ways, gpu-h100-64 or h100:8x8: hosts, and GPUs of a host, between which
+NVLink is. 2*gpu-h100-64 is two such clusters; only data parallelism goes over both, while the network
+between them is counted like that between hosts.
 """
 
 import dataclasses
@@ -22,8 +23,20 @@ from jax.experimental import topologies
 from jaxlib import xla_client
 
 from moe_jax.errors import UserError
+from moe_jax.pods.gpus import GPUS, Gpu
 
 _GIB = 2**30
+
+# How to get XLA's plugin for CUDA, for sentences.
+GPU_COMPILER = (
+    "run make install-gpu-compiler on Linux, which needs no GPU, and then .venv-gpu/bin/python in place of "
+    "python"
+)
+
+
+class NoCompilerError(UserError):
+    """What compiles for a machine is not installed."""
+
 
 _TPU_DOCS = "https://cloud.google.com/tpu/docs/"
 # "A domain-specific supercomputer for training deep neural networks", on TPU v2 and v3.
@@ -32,6 +45,7 @@ _SUPERCOMPUTER = "https://dl.acm.org/doi/10.1145/3360307"
 _TPU_V4 = "https://arxiv.org/abs/2304.01433"
 # "How to scale your model", on TPUs.
 _SCALING_BOOK = "https://jax-ml.github.io/scaling-book/tpus/"
+_NVIDIA, _DGX = "https://www.nvidia.com/en-us/data-center/", "https://docs.nvidia.com/dgx/"
 
 _2D = ((2, 2), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _3D = (
@@ -46,13 +60,13 @@ class Chip:
 
     Attributes:
       name: as a person writes it, such as tpu-v4.
-      compiler: libtpu's name of the generation, such as v4; empty for a GPU.
+      compiler: libtpu's name of the generation, such as v4; of a GPU its model, such as h100.
       cores: TensorCores of a chip; 1 for a GPU.
       devices: JAX devices of a chip.
       hbm: bytes of a device that a program may use. Of a TPU what libtpu 0.0.42 refused to exceed
         ("exceeds available HBM (30.75G)", two decimals) for a program that needs 600 GiB, which is
-        less than the data sheet says. Of a GPU the data sheet's, of which JAX takes
-        XLA_PYTHON_CLIENT_MEM_FRACTION.
+        less than the data sheet says. Of a GPU what its driver shows, of which JAX takes a fraction:
+        see `moe_jax.pods.compile.memory_fraction`.
       hbm_bandwidth: bytes/s of a device.
       matrix_flops: FLOP/s of a device in dense bfloat16 products, the data sheet's peak.
       link_bandwidth: bytes/s in one direction of one link to a neighbour in the torus; the links are
@@ -64,6 +78,7 @@ class Chip:
       counts_cores: the number in the name counts cores, not chips.
       shapes: slices that are rented, by size; empty for a GPU.
       sources: of the numbers.
+      gpu: what XLA asks of it; None for a TPU.
     """
 
     name: str
@@ -80,11 +95,12 @@ class Chip:
     counts_cores: bool
     shapes: tuple[tuple[int, ...], ...]
     sources: tuple[str, ...]
+    gpu: Gpu | None = None
 
     @property
     def platform(self) -> str:
         """`tpu` or `gpu`, as JAX names them."""
-        return "tpu" if self.torus else "gpu"
+        return "gpu" if self.gpu else "tpu"
 
     def number(self, shape: tuple[int, ...]) -> int:
         """What the name of a slice counts."""
@@ -93,26 +109,24 @@ class Chip:
 
 def _gpu(
     model: str,
-    hbm: float,
     hbm_bandwidth: float,
     matrix_flops: float,
     nvlink: float,
     network: float,
-    sheet: str,
-    guide: str,
+    *sources: str,
 ) -> Chip:
     """An NVIDIA GPU in an SXM socket, eight to a host; `Chip` has the units.
 
     Args:
-      sheet: its page among NVIDIA's data-center products.
-      guide: NVIDIA's host with it, of which `network` is.
+      model: one of `GPUS`.
+      sources: pages of its data sheet, and of the host that has `network`.
     """
     return Chip(
         name=f"gpu-{model}",
-        compiler="",
+        compiler=model,
         cores=1,
         devices=1,
-        hbm=int(hbm),
+        hbm=GPUS[model].memory,
         hbm_bandwidth=hbm_bandwidth,
         matrix_flops=matrix_flops,
         link_bandwidth=nvlink,
@@ -121,10 +135,8 @@ def _gpu(
         chips_per_host=8,
         counts_cores=False,
         shapes=(),
-        sources=(
-            f"https://www.nvidia.com/en-us/data-center/{sheet}/",
-            f"https://docs.nvidia.com/dgx/{guide}-user-guide/",
-        ),
+        sources=sources,
+        gpu=GPUS[model],
     )
 
 
@@ -251,10 +263,11 @@ CHIPS = (
         sources=(_TPU_DOCS + "tpu7x", "https://github.com/AI-Hypercomputer/xpk"),
     ),
     # Each GPU has a network adapter of its own.
-    _gpu("a100", 80e9, 2039e9, 312e12, 600e9 / 2, 200e9 / 8, "a100", "dgxa100"),
-    _gpu("h100", 80e9, 3350e9, 989e12, 900e9 / 2, 400e9 / 8, "h100", "dgxh100"),
-    _gpu("h200", 141e9, 4800e9, 989e12, 900e9 / 2, 400e9 / 8, "h200", "dgxh100"),
-    _gpu("b200", 180e9, 8000e9, 2250e12, 1800e9 / 2, 400e9 / 8, "dgx-b200", "dgxb200"),
+    _gpu("a100", 2039e9, 312e12, 600e9 / 2, 200e9 / 8, _NVIDIA + "a100", _DGX + "dgxa100"),
+    _gpu("h100", 3350e9, 989e12, 900e9 / 2, 400e9 / 8, _NVIDIA + "h100", _DGX + "dgxh100"),
+    _gpu("h800", 3350e9, 989e12, 400e9 / 2, 400e9 / 8, "https://arxiv.org/abs/2505.09343"),
+    _gpu("h200", 4800e9, 989e12, 900e9 / 2, 400e9 / 8, _NVIDIA + "h200", _DGX + "dgxh100"),
+    _gpu("b200", 8000e9, 2250e12, 1800e9 / 2, 400e9 / 8, _NVIDIA + "dgx-b200", _DGX + "dgxb200"),
 )
 
 
@@ -264,8 +277,9 @@ class Topology:
 
     Attributes:
       chip: their kind.
-      shape: chips of a slice along each dimension of its torus; of GPUs, those of a host.
-      slices: of GPUs, hosts.
+      shape: chips of a slice along each dimension of its torus; of a cluster of GPUs, its hosts and
+        the GPUs of each.
+      slices: or clusters of GPUs.
     """
 
     chip: Chip
@@ -284,20 +298,24 @@ class Topology:
 
     @property
     def slice_name(self) -> str:
-        """Of one slice, as libtpu names it."""
+        """Of one slice, by chips along each dimension; of TPUs as libtpu names it."""
         return f"{self.chip.compiler}:{_text(self.shape)}"
 
     @property
     def code(self) -> str:
-        """By chips along each dimension, such as 2*v4:8x8x8; of GPUs the same as `name`."""
-        return f"{self._several}{self.slice_name}" if self.chip.torus else self.name
+        """By chips along each dimension, such as 2*v4:8x8x8 or h100:8x8."""
+        return f"{self._several}{self.slice_name}"
 
     @property
     def name(self) -> str:
         """By Google Cloud's number, such as tpu-v4-1024; `code` where it stands for another shape."""
-        if not self.chip.torus:
-            return f"{self.chip.name}-{self.chips}"
-        if self.shape not in self.chip.shapes:
+        gpus = math.prod(self.shape)
+        usual = (
+            self.shape == _hosts(self.chip, gpus)
+            if self.chip.gpu
+            else self.shape in self.chip.shapes
+        )
+        if not usual:
             return self.code
         return f"{self._several}{self.chip.name}-{self.chip.number(self.shape)}"
 
@@ -315,7 +333,7 @@ class Topology:
         """
         if self.chip.torus == 3:
             return (all(length % 4 == 0 for length in self.shape),) * 3
-        pod = max(self.chip.shapes[-1]) if self.chip.shapes else 0
+        pod = max(self.chip.shapes[-1]) if self.chip.torus else 0
         return tuple(length == pod for length in self.shape)
 
 
@@ -332,13 +350,19 @@ def topology(text: str) -> Topology:
     chip = by_name.get(found[2] or found[4]) if found else None
     if found is None or chip is None:
         raise UserError(
-            f"topology is {text!r}; write it as tpu-v4-1024, v4:8x8x8 or, for two slices, "
-            f"2*tpu-v5e-256; the chips are {', '.join(chip.name for chip in CHIPS)}."
+            f"topology is {text!r}; write it as tpu-v4-1024, v4:8x8x8, gpu-h100-64, h100:8x8 or, for two "
+            f"slices, 2*tpu-v5e-256; the chips are {', '.join(chip.name for chip in CHIPS)}."
         )
     slices = int(found[1] or 1)
-    if not chip.torus:
-        return _hosts(chip, text, slices, int(found[5]))
-    if found[3]:
+    if chip.gpu and not found[3]:
+        shape = _hosts(chip, int(found[5]))
+        if math.prod(shape) != int(found[5]) or not all(shape):
+            raise UserError(
+                f"topology is {text!r}; write {chip.name}- and a number of GPUs up to "
+                f"{chip.chips_per_host} or a multiple of {chip.chips_per_host}, such as {chip.name}-64, or "
+                f"the hosts and the GPUs of each, {chip.compiler}:8x8."
+            )
+    elif found[3]:
         shape = tuple(map(int, found[3].split("x")))
         _check_shape(chip, text, shape)
     else:
@@ -354,17 +378,19 @@ def topology(text: str) -> Topology:
     return Topology(chip, shape, slices)
 
 
-def _hosts(chip: Chip, text: str, slices: int, gpus: int) -> Topology:
-    size = chip.chips_per_host
-    if slices > 1 or gpus < 1 or (gpus > size and gpus % size):
-        raise UserError(
-            f"topology is {text!r}; write {chip.name}- and a number of GPUs up to {size} or a "
-            f"multiple of {size}, such as {chip.name}-64."
-        )
-    return Topology(chip, (min(gpus, size),), -(-gpus // size))
+def _hosts(chip: Chip, gpus: int) -> tuple[int, int]:
+    """Hosts of full size, or one that has fewer, and the GPUs of each: too many if it does not divide."""
+    return -(-gpus // chip.chips_per_host), min(gpus, chip.chips_per_host)
 
 
 def _check_shape(chip: Chip, text: str, shape: tuple[int, ...]) -> None:
+    if chip.gpu:
+        if len(shape) != 2 or not all(shape) or shape[1] > chip.chips_per_host:
+            raise UserError(
+                f"topology is {text!r}; of {chip.name} write the hosts and the GPUs of each, at most "
+                f"{chip.chips_per_host}, such as {chip.compiler}:8x8."
+            )
+        return
     largest = chip.shapes[-1]
     if len(shape) != chip.torus or not all(shape):
         raise UserError(
@@ -386,12 +412,34 @@ def _text(shape: tuple[int, ...]) -> str:
 def describe(topology: Topology) -> list[jax.Device]:
     """Devices of a machine that need not be here: programs can be compiled for them, not run.
 
-    Starts no backend. It loads libtpu, told not to look for TPUs or for other processes that use it,
-    unless it is loaded already: so do not call it before training on TPUs in the same process.
+    Starts no backend. Do not call it before training in the same process: it loads libtpu, told not to
+    look for TPUs or for other processes that use it, or XLA's plugin for CUDA, told not to look for CUDA,
+    unless they are loaded already.
 
     Raises:
-      UserError: libtpu is not installed, or knows no such slice.
+      NoCompilerError: see there.
+      UserError: the compiler knows no such machine.
     """
+    return _gpus(topology) if topology.chip.gpu else _tpus(topology)
+
+
+def _gpus(topology: Topology) -> list[jax.Device]:
+    if not xla_client.pjrt_plugin_loaded("cuda"):
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    gpu, shape = topology.chip.gpu, _text((topology.slices, *topology.shape))
+    assert gpu is not None
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=gpu.description, topology=shape
+        ).devices
+    except NotImplementedError as error:
+        raise NoCompilerError(
+            f"topology is {topology.name}, which XLA's plugin for CUDA compiles for and it is not "
+            f"installed; {GPU_COMPILER}."
+        ) from error
+
+
+def _tpus(topology: Topology) -> list[jax.Device]:
     if not xla_client.pjrt_plugin_loaded("tpu"):
         # It would ask Google Cloud's metadata server, at length where there is none; take a lock that
         # keeps other processes from compiling; and warn that it finds neither a host nor its TPUs.
@@ -417,7 +465,7 @@ def describe(topology: Topology) -> list[jax.Device]:
             "tpu-v4-1024."
         ) from error
     except RuntimeError as error:
-        raise UserError(
+        raise NoCompilerError(
             f"topology is {topology.name}, which libtpu compiles for and it is not installed; run "
             "make install EXTRA=tpu on Linux on x86_64."
         ) from error

@@ -19,7 +19,7 @@ class DeviceMemory:
       aliased: outputs that take the place of arguments.
       temporaries: activations, gradients, buffers; None where the compiler refused and did not say.
       program: the instructions.
-      capacity: what the compiler lets a program use.
+      capacity: what the compiler lets a program use; of a GPU what JAX takes of it.
     """
 
     arguments: int
@@ -126,6 +126,7 @@ class PodReport:
       roofline: None where the compiler refused.
       exact: whether every count is: no loop of unknown length, no branch.
       compile_seconds: time of compilation on this host.
+      memory_fraction: the share of a device's memory that is its capacity: less than 1 of a GPU.
     """
 
     config: str
@@ -155,6 +156,7 @@ class PodReport:
     roofline: Terms | None
     exact: bool
     compile_seconds: float
+    memory_fraction: float = 1.0
 
     def as_json(self) -> dict[str, Any]:
         """Dicts, lists and scalars."""

@@ -177,7 +177,7 @@ def _span(places: Sequence[Place], topology: Topology) -> _Span:
         count = len(set(positions))
         if count == 1:
             continue
-        if not topology.chip.torus:
+        if topology.chip.gpu:
             rows.append(_Row(topology.chip.link_bandwidth, 1 - 1 / count))
             continue
         apart = math.gcd(*(position - min(positions) for position in positions))
@@ -188,8 +188,8 @@ def _span(places: Sequence[Place], topology: Topology) -> _Span:
 
 
 def _place(device: Any, topology: Topology) -> Place:
-    """Of a device of a TPU; GPUs fill one host after the other."""
-    if topology.chip.torus:
-        return getattr(device, "slice_index", 0), tuple(device.coords)
-    host, position = divmod(device.id, math.prod(topology.shape))
-    return host, (position,)
+    """Of a device: of GPUs, whose ids go through one host after the other, its host and place in it."""
+    if topology.chip.gpu:
+        host, position = divmod(device.id, topology.shape[-1])
+        return host, (position,)
+    return getattr(device, "slice_index", 0), tuple(device.coords)

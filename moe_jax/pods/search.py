@@ -38,7 +38,7 @@ def meshes(config: Experiment, topology: Topology) -> list[MeshConfig]:
     Those are likely that split least over `model`, whose collectives are on the way of every layer,
     and then most over `expert`, which needs no gathering of weights.
     """
-    devices, slices = topology.devices, topology.slices if topology.chip.torus else 1
+    devices, slices = topology.devices, topology.slices
     abstract_model = AbstractModel.of(config.model)
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     found = []
