@@ -93,6 +93,13 @@ ROWS = {
                 note="the machine is that of MaxText's figure, batch and optimizer are not "
                 "published; buffers have room for twice as many rows as at balance",
             ),
+            PodLayout(
+                "h100:16x8",
+                MeshConfig(data=16, expert=8),
+                {"microbatches": 2, "model.moe.dispatch.buffer_factor": 2.0},
+                note="nothing is published of the machine, batch and optimizer; buffers have room for "
+                "twice as many rows as at balance",
+            ),
         ),
     ),
     "8x22b": Row(

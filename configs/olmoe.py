@@ -17,12 +17,13 @@ from moe_jax.layers.feed_forward import Activation, FeedForwardForm
 from moe_jax.layers.moe import MoEConfig
 from moe_jax.models.decoder_lm import DecoderLMConfig
 from moe_jax.models.stack import ComputeDtype, Remat
+from moe_jax.parallel.mesh import MeshConfig
 from moe_jax.published import Published, Quantity
 from moe_jax.routing.losses import Losses
 from moe_jax.routing.token_choice import TopK
 from moe_jax.training.experiment import Experiment
 from moe_jax.training.optimizers import AdamW, Decayed
-from moe_jax.training.rows import Row, chosen
+from moe_jax.training.rows import PodLayout, Row, chosen
 
 LENGTH, BATCH, TOKENS = 4096, 1024, 5.13e12
 
@@ -87,6 +88,13 @@ ROWS = {
         ),
         result="MMLU 54.1 after 5.13T tokens, above DeepSeekMoE-16B's 46.2.",
         cost="256 H100 for about 10 days.",
+        pods=(
+            PodLayout(
+                "h100:8x8",
+                MeshConfig(data=8, expert=8),
+                note="the paper trained on 256 H100, each of which gathered all experts",
+            ),
+        ),
     ),
 }
 

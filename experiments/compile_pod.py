@@ -4,13 +4,17 @@
         [--mesh=data:32,expert:8,model:4] [--format=table|json] [--search [--search_limit=12]]
 
 The step is the trainer's own, at the config's global batch; its state is abstract. TPU topologies are
-compiled by libtpu (make install EXTRA=tpu) on any Linux x86-64 host, which takes a minute or several.
-Machines have the compiler's names (v4:8x8x16 chips), Google Cloud's (tpu-v4-2048, by cores), and
-gpu-h100-64; 2*tpu-v5e-256 are two slices. Without --topology and --mesh the config's own are used.
+compiled by libtpu (make install EXTRA=tpu) on any Linux x86-64 host, GPUs' by XLA's plugin for CUDA (make
+install-gpu-compiler, then .venv-gpu/bin/python in place of python), which take a minute or several.
+Machines have the compiler's names (v4:8x8x16 chips, h100:8x8 hosts and GPUs of each), Google Cloud's
+(tpu-v4-2048, by cores), and gpu-h100-64; 2*tpu-v5e-256 are two slices. Without --topology and --mesh the
+config's own are used.
 
 --search tries meshes, remat policies and microbatches, ranks them, and keeps results in
 ~/.cache/moe_jax/pods, so that it goes on where it was stopped.
 
+A step fits GPUs if it takes no more than JAX does: 75% of the device's memory, or --memory_fraction, which
+stands for the variable XLA_CLIENT_MEM_FRACTION that JAX reads. They are compiled with the launchers' flags.
 libtpu compiles with its defaults; export LIBTPU_INIT_ARGS="$(python -m moe_jax.pods.xla_flags NAME)" first
 to compile with the flags of the launchers.
 
@@ -30,7 +34,7 @@ from tqdm import tqdm
 from moe_jax import command_line
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import parse_mesh
-from moe_jax.pods.compile import compile_step, refusal_sentence
+from moe_jax.pods.compile import compile_step, refusal_sentence, set_memory_fraction
 from moe_jax.pods.hardware import Topology, topology
 from moe_jax.pods.layouts import changes_between, laid_out
 from moe_jax.pods.report import PodReport
@@ -47,6 +51,11 @@ _MESH = flags.DEFINE_string("mesh", "", "Such as data:32,expert:8; default: the 
 _FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What stdout gets.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and microbatches.")
 _SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 12, "Compilations at most.", lower_bound=1)
+_MEMORY_FRACTION = flags.DEFINE_float(
+    "memory_fraction",
+    None,
+    "Share of a GPU's memory that JAX takes; default: XLA_CLIENT_MEM_FRACTION, or 0.75.",
+)
 
 _CACHE = epath.Path("~/.cache/moe_jax/pods").expanduser()
 
@@ -57,6 +66,8 @@ def main() -> None:
     Raises:
       UserError: the machine, the mesh or the config is wrong, or the step does not fit.
     """
+    if _MEMORY_FRACTION.value is not None:
+        set_memory_fraction(_MEMORY_FRACTION.value)
     config = command_line.experiment(_CONFIG.value)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     layouts = pods_of(name)

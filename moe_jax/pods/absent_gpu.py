@@ -4,9 +4,9 @@ JAX and tokamax look at the default device, which JAX lets us set; JAX's attenti
 for its version and the CUDA backend for its GPU, neither of which is there.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest import mock
 
 import jax
@@ -19,14 +19,25 @@ from moe_jax.pods.xla_flags import flags_for
 _WITHOUT_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_cub_radix_sort": False}
 
 
-def compiler_options(machine: str) -> dict[str, Any]:
-    """For `jax.stages.Lowered.compile`: the launchers' flags, and what keeps XLA from asking a GPU.
+def compile_for(lowered: jax.stages.Lowered, machine: str) -> jax.stages.Compiled:
+    """Compiles with the launchers' flags, and without asking a GPU.
+
+    Flags that this XLA has as words of the command line only, where they do nothing any more, are left
+    out: of those for pipelined collectives it is true with jaxlib 0.12.
 
     Args:
+      lowered: within `as_if_here`.
       machine: as `moe_jax.pods.hardware.topology` reads it.
     """
     # The options of a compilation take booleans, where the command line takes words.
-    return {flag.name: flag.value == "true" for flag in flags_for(machine)} | _WITHOUT_GPU
+    options = {flag.name: flag.value == "true" for flag in flags_for(machine)}
+    while True:
+        try:
+            return lowered.compile({**options, **_WITHOUT_GPU})
+        except jax.errors.JaxRuntimeError as error:
+            unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+            if not unknown or options.pop(unknown[1], None) is None:
+                raise
 
 
 @contextmanager

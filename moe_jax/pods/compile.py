@@ -141,6 +141,13 @@ def compiler_version(platform: str) -> str:
 _FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
+def set_memory_fraction(fraction: float) -> None:
+    """Sets the variable by which JAX in this process takes so much of a GPU."""
+    for name in _FRACTION_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ[_FRACTION_VARIABLES[0]] = str(fraction)
+
+
 def memory_fraction(chip: Chip) -> float:
     """The share of a device's `hbm` that a program may use: all of a TPU, of a GPU what JAX takes.
 
@@ -199,12 +206,12 @@ def _compile(run: Run, topology: Topology, platform: str) -> tuple[Any, str]:
     if _state_bytes(run)[0] > _capacity(topology):
         return None, "parameters and optimizer state alone are too large"
     gpu = platform == "gpu"
-    options = absent_gpu.compiler_options(topology.code) if gpu else None
     around = absent_gpu.as_if_here(run.mesh.devices.flat[0]) if gpu else nullcontext()
     with _no_cache(), jax.set_mesh(run.mesh), around:
         lowered = run.train_step.lower(*run.abstract_arguments())
         try:
-            return lowered.compile(options), ""
+            compiled = absent_gpu.compile_for(lowered, topology.code) if gpu else lowered.compile()
+            return compiled, ""
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).split("\n", 1)[0]
             if _REFUSAL.search(reason):
@@ -342,6 +349,7 @@ def _summed(found: Any, mesh: Mesh, topology: Topology) -> tuple[CollectiveSum, 
                 one.trips.count * sum(collective_seconds(one, mesh, topology)) for one in ones
             ),
             exact=all(one.trips.exact for one in ones),
+            synchronous=sum(one.trips.count for one in ones if one.synchronous),
         )
         for (kind, axes), ones in grouped.items()
     ]

@@ -63,6 +63,8 @@ class CollectiveSum:
       bytes: of the results on one device, in a step.
       seconds: in a step, by `moe_jax.pods.roofline`.
       exact: whether all loops around them have a known length.
+      synchronous: runs in a step for which a GPU waits, so that nothing overlaps with them; compilers
+        for other devices do not say.
     """
 
     kind: str
@@ -71,6 +73,7 @@ class CollectiveSum:
     bytes: int
     seconds: float
     exact: bool
+    synchronous: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from moe_jax.models.abstract_model import AbstractModel
 from moe_jax.models.stack import Remat, StackConfig
 from moe_jax.parallel.mesh import AXES, MeshConfig
 from moe_jax.parallel.sharding import parameter_shardings
-from moe_jax.pods.compile import compile_step, compiler_version
+from moe_jax.pods.compile import compile_step, compiler_version, memory_fraction
 from moe_jax.pods.hardware import Topology
 from moe_jax.pods.report import PodReport
 from moe_jax.training.experiment import Experiment
@@ -169,6 +169,7 @@ def result_key(config: Experiment, topology: Topology) -> str:
         topology.code,
         sources.hexdigest(),
         compiler_version(topology.chip.platform),
+        memory_fraction(topology.chip),
         importlib.metadata.version("jax"),
     )
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

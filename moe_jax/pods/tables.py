@@ -41,6 +41,17 @@ def _tera(flops: float) -> str:
     return f"{flops / 1e12:,.3g}" if flops < 1e15 else f"{flops / 1e12:,.0f}"
 
 
+def _of_gpu_memory(report: PodReport) -> list[str]:
+    """How much of the device the capacity is, where that is not all of it."""
+    if report.memory_fraction == 1:
+        return []
+    whole = report.hbm.capacity / report.memory_fraction / GIB
+    return [
+        f"  (what JAX takes, {report.memory_fraction:.0%} of the GPU's {whole:.2f}; --memory_fraction or "
+        "XLA_CLIENT_MEM_FRACTION says otherwise)"
+    ]
+
+
 def table(report: PodReport) -> str:
     """The report as a person reads it."""
     memory, line = report.hbm, report.roofline
@@ -53,6 +64,7 @@ def table(report: PodReport) -> str:
         f"{report.rows_per_step:,} rows, {report.tokens_per_step:,} {report.unit}s a step",
         "",
         f"Memory of a device, GiB: {memory.total / GIB:.2f} of {memory.capacity / GIB:.2f}, {verdict}",
+        *_of_gpu_memory(report),
         *(
             f"  {name:28}{value / GIB:10.3f}"
             for name, value in (
@@ -82,6 +94,7 @@ def table(report: PodReport) -> str:
         *(
             f"{one.kind:20}{' x '.join(one.axes):>22}{one.count:8}{one.bytes / GIB:10.3f}"
             f"{1e3 * one.seconds:10.3f}{'' if one.exact else '*'}"
+            f"{f'  {one.synchronous} synchronous' if one.synchronous else ''}"
             for one in report.collectives
         ),
         "",

@@ -107,9 +107,9 @@ def feed_forward(shapes: Mapping[str, Any], tokens: int, residual: bool) -> list
 
 
 def _empty_rows(moe: MoEConfig, num_experts: int, machine: Machine) -> float:
-    """Rows of Megablox's buffers beyond those of balanced experts, for each token."""
+    """Rows of the kernels' buffers beyond those of balanced experts, for each token."""
     dispatch, shards = moe.dispatch, machine.mesh[EXPERT]
-    if not isinstance(dispatch, Dropless) or machine.platform != "tpu":
+    if not isinstance(dispatch, Dropless) or machine.platform == "cpu":
         return 0.0
     choices, factor = moe.router.choices, dispatch.buffer_factor or math.inf
     received: float = shards

@@ -28,12 +28,14 @@ class TokenRows:
       length: L.
       causal: tokens see themselves and earlier ones only.
       memory: M of cross-attention; 0 without it.
+      padded: attention masks padding, of the memory too.
     """
 
     batch: int
     length: int
     causal: bool
     memory: int = 0
+    padded: bool = False
 
     @property
     def tokens(self) -> int:
@@ -94,6 +96,8 @@ def _of_attention(
         *attention.score_widths(config.head_width),
         rows.causal,
         biased=positions not in (Positions.NONE, Positions.ROTARY),
+        padded=rows.padded,
+        dtype=config.dtype.value,
     )
     inwards = {name: leaf for name, leaf in shapes.items() if name != "out"}
     sublayer = [
@@ -113,7 +117,17 @@ def _of_cross_attention(
 ) -> Sublayer:
     heads, width = config.num_heads, config.head_width
     scores = Scores(
-        rows.batch, rows.length, rows.memory, heads, heads, width, width, causal=False, biased=False
+        rows.batch,
+        rows.length,
+        rows.memory,
+        heads,
+        heads,
+        width,
+        width,
+        causal=False,
+        biased=False,
+        padded=rows.padded,
+        dtype=config.dtype.value,
     )
     return [
         Product(2.0 * rows.batch * rows.memory * count(shapes["key_value"])),

@@ -85,8 +85,10 @@ def _(model: DecoderLMConfig, data: Any, machine: Machine) -> Cost:
 @_cost.register
 def _(model: EncoderDecoderConfig, data: Any, machine: Machine) -> Cost:
     shapes = AbstractModel.of(model).shapes
-    inputs = TokenRows(data.batch_size, data.input_length, causal=False)
-    targets = TokenRows(data.batch_size, data.target_length, causal=True, memory=data.input_length)
+    inputs = TokenRows(data.batch_size, data.input_length, causal=False, padded=True)
+    targets = TokenRows(
+        data.batch_size, data.target_length, causal=True, memory=data.input_length, padded=True
+    )
     logits = Product(2.0 * targets.tokens * model.output_vocab_size * model.decoder.width)
     return (
         of_stack(model.encoder, shapes["encoder"], inputs, machine)

@@ -2,8 +2,8 @@
 
 Collectives, matrix products, kernels and memory traffic with how often each runs in one call of the
 program: XLA's own cost analysis counts the body of a loop once, whatever its length. Works on the
-text of every backend; the forms that it knows are those that XLA printed for CPU and TPU in jaxlib
-0.10 to 0.12.
+text of every backend; the forms that it knows are those that XLA printed for CPU, GPU and TPU in
+jaxlib 0.10 to 0.12.
 
 https://openxla.org/xla/operation_semantics names the operations.
 """

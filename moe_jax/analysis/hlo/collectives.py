@@ -56,6 +56,7 @@ class Collective:
       groups: partition ids that talk to each other, which are positions in `mesh.devices.flat`.
       trips: how often it runs.
       operand_bytes: of what one device gives, in one run.
+      synchronous: the program waits for it where it starts it, which only programs for GPUs say.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Collective:
     groups: Groups
     trips: Trips
     operand_bytes: int
+    synchronous: bool = False
 
     @property
     def elements(self) -> int:
@@ -128,6 +130,7 @@ def collective_of(
         communicating_groups(instruction.attributes, devices),
         trips,
         sum(array.bytes for shape in operands for array in arrays_of(shape)),
+        re.search(r'"is_sync":\s*true', instruction.attributes) is not None,
     )
 
 

@@ -48,8 +48,8 @@ class Program:
     def matrix_products(self) -> list[MatrixProduct]:
         """Every dot and convolution, also within fusions, and cuBLAS calls on GPUs.
 
-        Other custom calls are opaque and left out; `kernels` has Pallas's for TPUs. So nothing counts
-        what cuDNN computes, such as attention on GPUs.
+        Other custom calls are opaque and left out; `kernels` has Pallas's and attention by cuDNN. So
+        nothing counts what else cuDNN computes, such as convolutions on GPUs.
         """
         return [
             MatrixProduct(self.op_name(instruction.name), flops, self.trips(computation))
@@ -58,7 +58,7 @@ class Program:
         ]
 
     def kernels(self) -> list[Kernel]:
-        """Every Pallas kernel of a program for TPUs, in the order of the text."""
+        """Every kernel of Pallas, and cuDNN's attention, in the order of the text."""
         return [
             kernel_of(
                 instruction,
