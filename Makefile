@@ -14,10 +14,12 @@
 #   make test-parity                transformers' routers and models computed anew, against the committed files
 #   make test-huggingface           200 random checkpoints of all families against transformers 5 and 4.57
 #   make test-tpu                   programs for TPUs, compiled by libtpu on this machine
+#   make test-gpu                   programs for NVIDIA GPUs, compiled by XLA's plugin on this machine
 #   make test-pods                  published giants, compiled for their machines, against their budgets
 #   make test-browser               reports in a headless browser, which it installs on Debian
 #   make test-wheel                 the built wheel and examples/my_project in an environment of their own
 #   make install EXTRA=gpu          an environment for NVIDIA GPUs (EXTRA=tpu: for TPUs)
+#   make install-gpu-compiler       .venv-gpu, which compiles for NVIDIA GPUs where there is none
 
 PYTHON ?= python3
 EXTRA ?=
@@ -32,7 +34,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Files are given out in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install install-test quickstart reproduce test test-fast test-first-losses test-slow test-layouts test-routers test-all-routers test-parity test-huggingface test-tpu test-pods test-browser test-wheel lint lock clean
+.PHONY: install install-test install-gpu-compiler quickstart reproduce test test-fast test-first-losses test-slow test-layouts test-routers test-all-routers test-parity test-huggingface test-tpu test-gpu test-pods test-browser test-wheel lint lock clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -51,6 +53,19 @@ $(VENV)/.installed-test: setup.py requirements.lock | $(BIN)/python
 install: $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
 
 install-test: $(VENV)/.installed-test
+
+# An environment of its own, because where no GPU is, JAX complains of the plugin at every start. What it
+# does not have it takes from $(VENV).
+$(VENV)-gpu/.installed: setup.py requirements.lock $(VENV)/.installed-test
+	$(BIN)/python -m venv --without-pip $(VENV)-gpu
+	$(BIN)/python -c 'import pathlib, sysconfig; ours = sysconfig.get_path("purelib"); \
+	  (next(pathlib.Path("$(VENV)-gpu").glob("lib/python*/site-packages")) / "ours.pth").write_text( \
+	  f"import site; site.addsitedir({ours!r})\n")'
+	$(BIN)/pip --python $(VENV)-gpu/bin/python --disable-pip-version-check install --quiet \
+	  --constraint requirements.lock --editable .[gpu-compiler]
+	@touch $@
+
+install-gpu-compiler: $(VENV)-gpu/.installed
 
 quickstart: install
 	$(BIN)/python experiments/quickstart.py --workdir=$(WORKDIR)
@@ -119,6 +134,16 @@ ifeq ($(shell uname -sm),Linux x86_64)
 	$(BIN)/python -m pytest -m tpu tests/tpu tests/pods
 else
 	@echo "make test-tpu needs libtpu, which exists for Linux on x86_64 only; nothing was tested."
+endif
+
+# The plugin must do without CUDA, whose packages would hide that it does not.
+test-gpu: install-gpu-compiler
+ifeq ($(shell uname -s),Linux)
+	@! ls -d $(VENV)*/lib/python*/site-packages/nvidia* 2>/dev/null \
+	  || { echo "make test-gpu compiles without CUDA, but packages of NVIDIA are installed"; exit 1; }
+	$(VENV)-gpu/bin/python -m pytest -n 2 -m gpu tests/gpu tests/pods
+else
+	@echo "make test-gpu needs XLA's plugin for CUDA, which exists for Linux only; nothing was tested."
 endif
 
 test-pods: install-test
