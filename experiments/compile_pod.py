@@ -23,6 +23,7 @@ empty.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -66,6 +67,8 @@ def main() -> None:
     Raises:
       UserError: the machine, the mesh or the config is wrong, or the step does not fit.
     """
+    # Nothing runs here, so JAX need not complain of missing CUDA when a config first uses it.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if _MEMORY_FRACTION.value is not None:
         set_memory_fraction(_MEMORY_FRACTION.value)
     config = command_line.experiment(_CONFIG.value)

@@ -13,6 +13,7 @@ from moe_jax.pods.hardware import describe, topology
 
 MOSAIC, TRITON = "mosaic_gpu_v2", "__gpu$xla.gpu.triton"
 CUDNN, CUDNN_BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+WHOLE = PartitionSpec()
 
 
 def gpus(machine: str, **axes: int) -> Mesh:
@@ -20,7 +21,7 @@ def gpus(machine: str, **axes: int) -> Mesh:
     return mesh_of(MeshConfig(**axes), describe(topology(machine)))
 
 
-def array(mesh: Mesh, dtype: Any, *shape: int, spec: PartitionSpec = PartitionSpec()) -> Any:
+def array(mesh: Mesh, dtype: Any, *shape: int, spec: PartitionSpec = WHOLE) -> Any:
     """The shape of a global array, split by `spec`."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 

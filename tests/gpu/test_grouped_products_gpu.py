@@ -7,7 +7,15 @@ import pytest
 from moe_jax.analysis.hlo import Program
 from moe_jax.dispatch.grouped_matmul import tokamax
 from moe_jax.dispatch.grouped_matmul.interface import Backend, GroupedMatmul, grouped_matmul
-from tests.gpu.programs import MOSAIC, TRITON, array, compiled, gpus, kernels, of_all_rows_and_groups
+from tests.gpu.programs import (
+    MOSAIC,
+    TRITON,
+    array,
+    compiled,
+    gpus,
+    kernels,
+    of_all_rows_and_groups,
+)
 
 pytestmark = pytest.mark.gpu
 

@@ -60,50 +60,98 @@ def _trips_of_call(module: Module, computation: str, caller: Instruction) -> Tri
 def _counted_trips(module: Module, computation: str, loop: Instruction) -> int | None:
     """Trips of a loop over i = start; i < stop; i += step, all constants; None for others.
 
-    The TPU compiler leaves no other trace of them.
+    The TPU compiler leaves no other trace of them, nor does that for GPUs of loops that it has unrolled.
     """
-    (condition,) = references("condition", loop.attributes)
-    (body,) = references("body", loop.attributes)
-    test = root_of(module.computations.get(condition, {}))
-    renewed = root_of(module.computations.get(body, {}))
-    initial = _source(module, computation, loop.operands[0])
-    if test is None or test.opcode != "compare" or "direction=LT" not in test.attributes:
+    outside = _Scope(computation)
+    condition, body = (
+        _Scope(references(name, loop.attributes)[0]) for name in ("condition", "body")
+    )
+    test = _of_root(module, condition)
+    renewed = _of_root(module, body)
+    initial = _source(module, outside, loop.operands[0])
+    if test is None or test[1].opcode != "compare" or "direction=LT" not in test[1].attributes:
         return None
-    index = _tuple_index(_source(module, condition, test.operands[0]))
+    index = _tuple_index(_source(module, test[0], test[1].operands[0]))
     if index is None or initial is None or renewed is None:
         return None
-    if initial.opcode != "tuple" or renewed.opcode != "tuple":
+    if initial[1].opcode != "tuple" or renewed[1].opcode != "tuple":
         return None
-    start = _integer(_source(module, computation, initial.operands[index]))
-    stop = _integer(_source(module, condition, test.operands[1]))
-    add = _source(module, body, renewed.operands[index])
-    if start is None or stop is None or add is None or add.opcode != "add":
+    start = _integer(_source(module, initial[0], initial[1].operands[index]))
+    stop = _integer(_source(module, test[0], test[1].operands[1]))
+    step = _step(module, renewed[0], renewed[1].operands[index], index)
+    if start is None or stop is None or not step:
         return None
-    terms = [_source(module, body, operand) for operand in add.operands]
-    steps = [step for step in map(_integer, terms) if step is not None and step > 0]
-    if len(steps) != 1 or index not in map(_tuple_index, terms):
+    return max(-(-(stop - start) // step), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scope:
+    """Where a name is looked up.
+
+    Attributes:
+      computation: its instructions have names.
+      fusion: what runs it, if it is the inside of a fusion.
+      outside: where that one is.
+    """
+
+    computation: str
+    fusion: Instruction | None = None
+    outside: "_Scope | None" = None
+
+
+_Found = tuple[_Scope, Instruction]
+
+
+def _of_root(module: Module, scope: _Scope) -> _Found | None:
+    root = root_of(module.computations.get(scope.computation, {}))
+    return None if root is None else _source(module, scope, root.name)
+
+
+def _source(module: Module, scope: _Scope, name: str) -> _Found | None:
+    """The instruction of this name or what it is a copy of, also into fusions and out of them."""
+    while instruction := module.computations[scope.computation].get(name):
+        if instruction.opcode == "copy":
+            name = instruction.operands[0]
+        elif instruction.opcode == "parameter" and scope.fusion and scope.outside:
+            name = scope.fusion.operands[int(instruction.operands[0])]
+            scope = scope.outside
+        elif instruction.opcode == "fusion":
+            (fused,) = called_by(instruction)
+            root = root_of(module.computations[fused])
+            if root is None:
+                return None
+            scope, name = _Scope(fused, instruction, scope), root.name
+        else:
+            return scope, instruction
+    return None
+
+
+def _step(module: Module, scope: _Scope, name: str, index: int) -> int | None:
+    """What a loop's body adds to the part `index` of its state, in one sum or several; else None."""
+    total = 0
+    found = _source(module, scope, name)
+    while found is not None and found[1].opcode == "add":
+        inside, add = found
+        terms = [_source(module, inside, operand) for operand in add.operands]
+        constants = [number for number in map(_integer, terms) if number is not None]
+        others = [term for term in terms if _integer(term) is None]
+        if len(constants) != 1:
+            return None
+        total += constants[0]
+        (found,) = others
+    return total if _tuple_index(found) == index and total > 0 else None
+
+
+def _tuple_index(found: _Found | None) -> int | None:
+    if found is None or found[1].opcode != "get-tuple-element":
         return None
-    return max(-(-(stop - start) // steps[0]), 0)
+    index = re.search(r"index=(\d+)", found[1].attributes)
+    return int(index[1]) if index else None
 
 
-def _source(module: Module, computation: str, name: str) -> Instruction | None:
-    """The instruction of this name, or what it is a copy of."""
-    instruction = module.computations[computation].get(name)
-    while instruction is not None and instruction.opcode == "copy":
-        instruction = module.computations[computation].get(instruction.operands[0])
-    return instruction
-
-
-def _tuple_index(instruction: Instruction | None) -> int | None:
-    if instruction is None or instruction.opcode != "get-tuple-element":
-        return None
-    found = re.search(r"index=(\d+)", instruction.attributes)
-    return int(found[1]) if found else None
-
-
-def _integer(instruction: Instruction | None) -> int | None:
+def _integer(found: _Found | None) -> int | None:
     """The value of an integer constant."""
-    if instruction is None or instruction.opcode != "constant":
+    if found is None or found[1].opcode != "constant":
         return None
-    (literal,) = instruction.operands
+    (literal,) = found[1].operands
     return int(literal) if re.fullmatch(r"-?\d+", literal) else None
