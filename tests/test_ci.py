@@ -63,7 +63,14 @@ def test_each_further_python_is_tested_once_and_the_ledger_names_every_part(run,
     assert len(set(versions)) == len(versions) and not {"3.9", "3.11"} & set(versions)
     ledger = done.stdout.partition("== Minutes\n")[2].splitlines()
     assert ledger[0].split() == ["test", "0.0", "of", "12", "min", "ok"]
-    assert [line.split()[0] for line in ledger[-4:]] == ["pods", "browser", "wheel", "total"]
+    assert [line.split()[0] for line in ledger[-5:]] == ["gpu", "pods", "browser", "wheel", "total"]
+
+
+def test_gpus_are_compiled_for_with_each_locked_jax_once(run, tmp_path):
+    made = [line for line in run().stdout.splitlines() if line.startswith("made test-gpu")]
+    # The second is the first Python after 3.11.
+    assert made[0] == "made test-gpu"
+    assert made[1:] == [f"made test-gpu PYTHON={tmp_path}/pyenv/versions/3.12.1/bin/python3.12"]
 
 
 def test_the_ledger_is_printed_when_a_part_fails_and_nothing_runs_after_it(run):

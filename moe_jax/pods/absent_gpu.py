@@ -16,7 +16,10 @@ from moe_jax.pods.gpus import CUDNN
 from moe_jax.pods.xla_flags import flags_for
 
 # Both would ask the GPU: which algorithm is fastest, and how much memory a sort by CUB needs.
-_WITHOUT_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_cub_radix_sort": False}
+_WITHOUT_GPU: dict[str, str | bool] = {
+    "xla_gpu_autotune_level": "0",
+    "xla_gpu_enable_cub_radix_sort": False,
+}
 
 
 def compile_for(lowered: jax.stages.Lowered, machine: str) -> jax.stages.Compiled:
@@ -30,10 +33,12 @@ def compile_for(lowered: jax.stages.Lowered, machine: str) -> jax.stages.Compile
       machine: as `moe_jax.pods.hardware.topology` reads it.
     """
     # The options of a compilation take booleans, where the command line takes words.
-    options = {flag.name: flag.value == "true" for flag in flags_for(machine)}
+    options: dict[str, str | bool] = {
+        flag.name: flag.value == "true" for flag in flags_for(machine)
+    }
     while True:
         try:
-            return lowered.compile({**options, **_WITHOUT_GPU})
+            return lowered.compile(options | _WITHOUT_GPU)
         except jax.errors.JaxRuntimeError as error:
             unknown = re.search(r"No such compile option: '(\w+)'", str(error))
             if not unknown or options.pop(unknown[1], None) is None:

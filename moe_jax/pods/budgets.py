@@ -1,6 +1,6 @@
 """The published giants on their machines, and what their steps were found to cost.
 
-docs/results/pods/<compiler>/ has a report for each. They are budgets: a change that makes a step
+docs/results/pods/<compiler>/, a folder for each version of a compiler, has a report for each. They are budgets: a change that makes a step
 larger, or sends something else, is noticed.
 """
 
@@ -13,7 +13,7 @@ from moe_jax.pods.report import GIB, CollectiveSum, PodReport
 RESULTS = pathlib.Path(__file__).parents[2] / "docs/results/pods"
 TOLERANCE = 0.05
 
-# As --config names them, in the order of publication.
+# On TPUs by their first layout, as --config names them, in the order of publication.
 GIANTS = (
     "configs/gshard.py:2048e_36l",
     "configs/switch.py:c",
@@ -27,6 +27,13 @@ GIANTS = (
     "configs/mixtral.py:8x22b",
     "configs/deepseek_v3.py:v3",
 )
+# On GPUs, and their machines.
+ON_GPUS = {
+    "configs/mixtral.py:8x7b": "h100:16x8",
+    "configs/deepseek_moe.py:16b": "h800:32x8",
+    "configs/olmoe.py:1b_7b": "h100:8x8",
+    "configs/deepseek_v3.py:v3": "h800:256x8",
+}
 
 
 def budget_file(config: str, compiler: str) -> pathlib.Path:

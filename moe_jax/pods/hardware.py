@@ -355,7 +355,7 @@ def topology(text: str) -> Topology:
         )
     slices = int(found[1] or 1)
     if chip.gpu and not found[3]:
-        shape = _hosts(chip, int(found[5]))
+        shape: tuple[int, ...] = _hosts(chip, int(found[5]))
         if math.prod(shape) != int(found[5]) or not all(shape):
             raise UserError(
                 f"topology is {text!r}; write {chip.name}- and a number of GPUs up to "

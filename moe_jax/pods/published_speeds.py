@@ -169,12 +169,11 @@ PUBLISHED_SPEEDS = (
     PublishedSpeed(
         "DeepSeek-V3 on 2,048 H800",
         "configs/deepseek_v3.py:v3",
-        "gpu-h100-2048",
+        "gpu-h800-2048",
         15360 * 4096,
         from_device_hours(180e3, 2048, 1e12, 15360 * 4096),
         f"{_DEEPSEEK} (180K GPU hours for a trillion tokens)",
-        "An H800 has an H100's matrix units and less than half of its NVLink. Most products are "
-        "FP8, at twice the bf16 rate that MFU is relative to. The run also trains a module that "
+        "Most products are FP8, at twice the bf16 rate that MFU is relative to. The run also trains a module that "
         "predicts a second token, which our config leaves out. https://arxiv.org/abs/2505.09343 "
         "prints the same speed, 272.8B tokens a day, and 38.9% causal MFU.",
     ),
@@ -265,7 +264,7 @@ def compare(published: PublishedSpeed, report: PodReport) -> Comparison | None:
       None where the step does not fit the report's machine. Of inference a third of the training
       step's algorithmic FLOPs at the peak, which is all that such a report says of it.
     """
-    if report.roofline is None:
+    if report.roofline is None or not report.fits:
         return None
     own_chip, machine = topology(report.topology).chip, topology(published.machine)
     peak = machine.devices * machine.chip.matrix_flops

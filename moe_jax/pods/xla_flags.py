@@ -11,7 +11,8 @@ xla_enable_async_all_gather=true, xla_tpu_enable_async_collective_fusion=true (w
 and _multiple_steps), xla_tpu_overlap_compute_collective_tc=true and
 xla_tpu_megacore_fusion_allow_ags=true, which are therefore not here. Recipes for TPU v5p set most of
 these, but MaxText's the last one to false, which was not tried; and beside the SparseCores
-_fuse_all_gather is set to false below. The flags are a start; what is best depends on the model, and
+_fuse_all_gather is set to false below. Of the flags for GPUs, XLA of jaxlib 0.12 still reads those that
+pipeline collectives, but has nothing that they could set. The flags are a start; what is best depends on the model, and
 only a profile on the machine tells.
 """
 

@@ -115,11 +115,43 @@ ROOT %loop = (s32[], f32[8]{0}) while(%initial), condition=%condition, body=%bod
 """
 
 
+# As XLA for GPUs leaves it: two trips in one, and test and sum in fusions.
+UNROLLED = """
+%fused_test (k: s32[]) -> pred[] {
+  %k = s32[] parameter(0)
+  %stop = s32[] constant(11)
+  ROOT %less = pred[] compare(%k, %stop), direction=LT
+}
+%fused_sum (a: s32[]) -> s32[] {
+  %a = s32[] parameter(0)
+  %b = s32[] constant(2)
+  %c = s32[] add(%a, %b)
+  ROOT %d = s32[] add(%c, %b)
+}
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %t = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %copy = s32[] copy(%i)
+  %x = f32[8]{0} get-tuple-element(%t), index=1
+  %next = s32[] fusion(%copy), kind=kLoop, calls=%fused_sum
+  %y = f32[8]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+  ROOT %out = (s32[], f32[8]{0}) tuple(%next, %y)
+}
+%condition (u: (s32[], f32[8])) -> pred[] {
+  %u = (s32[], f32[8]{0}) parameter(0)
+  %j = s32[] get-tuple-element(%u), index=0
+  ROOT %end = pred[] fusion(%j), kind=kLoop, calls=%fused_test
+}
+"""
+
+
 @pytest.mark.parametrize(
     ("entry", "loop", "trips"),
     [
         (ENTRY, LOOP, Trips(5, exact=True)),  # 1, 3, 5, 7, 9
         (ENTRY, LOOP.replace("add(%i,", "add(%copy,"), Trips(5, exact=True)),
+        (ENTRY, UNROLLED, Trips(3, exact=True)),  # 1, 5, 9
+        (ENTRY, UNROLLED.replace("add(%a, %b)", "add(%b, %b)"), Trips(1, exact=False)),
         (ENTRY.replace("s32[] constant(1)", "s32[] parameter(1)"), LOOP, Trips(1, exact=False)),
         (ENTRY, LOOP.replace("constant(11)", "parameter(2)"), Trips(1, exact=False)),
         (ENTRY, LOOP.replace("add(%i, %two)", "multiply(%i, %two)"), Trips(1, exact=False)),
@@ -134,6 +166,18 @@ def test_trips_of_loops_are_counted_or_said_to_be_unknown(entry, loop, trips):
     (collective,) = program(entry, loop).collectives()
     assert collective.trips == trips
     assert collective.trips.known == (trips.count if trips.exact else None)
+
+
+@pytest.mark.parametrize(("written", "synchronous"), [("true", True), ("false", False)])
+def test_a_program_for_gpus_says_which_collectives_it_waits_for(written, synchronous):
+    entry = f"""
+%p = f32[8]{{0}} parameter(0)
+%g = (f32[8]{{0}}, f32[32]{{0}}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={{0}}, \
+backend_config={{"collective_backend_config":{{"is_sync":{written},"is_pipelined":false}}}}
+ROOT %d = f32[32]{{0}} all-gather-done(%g)
+"""
+    (collective,) = program(entry.replace("\\\n", "")).collectives()
+    assert collective.synchronous == synchronous
 
 
 def test_a_combined_collective_belongs_to_each_place_that_it_serves():

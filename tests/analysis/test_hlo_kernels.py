@@ -1,4 +1,4 @@
-"""Pallas kernels in the text of a program for TPUs, and conditionals that XLA has decided."""
+"""Kernels in the text of programs for TPUs and GPUs, and conditionals that XLA has decided."""
 
 import numpy as np
 import pytest
@@ -87,6 +87,66 @@ def test_the_causal_schedule_of_splash_attention_is_the_one_assumed(rows, column
     blocks = np.count_nonzero(schedule.block_mask)
     (kernel,) = program(splash("fwd", "%s", rows, columns)).kernels()
     assert kernel.flops == 2 * 24 * blocks * rows * columns * (128 + 64)
+
+
+def on_gpu(line: str) -> Program:
+    return Program(
+        f"""HloModule jit_f, is_scheduled=true
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %sizes = s32[4]{{0}} parameter(0)
+  %rows = bf16[512,128]{{1,0}} parameter(1)
+  %turned = bf16[128,512]{{1,0}} parameter(2)
+  %matrices = bf16[4,128,64]{{2,1,0}} parameter(3)
+  %gradient = bf16[512,64]{{1,0}} parameter(4)
+  %q = bf16[2,384,8,128]{{3,2,1,0}} parameter(5)
+  %k = bf16[2,384,2,128]{{3,2,1,0}} parameter(6)
+  %v = bf16[2,384,2,64]{{3,2,1,0}} parameter(7)
+  ROOT {line}
+}}
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        # By Mosaic with its integers first, by Triton with them last, as tokamax 0.0.12 has them.
+        'bf16[512,64]{1,0} custom-call(%sizes, %rows, %matrices), custom_call_target="mosaic_gpu_v2"',
+        'bf16[512,64]{1,0} custom-call(%rows, %matrices, %sizes), '
+        'custom_call_target="__gpu$xla.gpu.triton"',
+        'bf16[4,128,64]{2,1,0} custom-call(%sizes, %turned, %gradient), '
+        'custom_call_target="mosaic_gpu_v2"',
+        'bf16[4,128,64]{2,1,0} custom-call(%rows, %gradient, %sizes), '
+        'custom_call_target="__gpu$xla.gpu.triton"',
+    ],
+)  # fmt: skip
+def test_a_grouped_product_on_a_gpu_costs_what_its_shapes_say(call):
+    name = r'metadata={op_name="jit(f)/tokamax:{\"op\":\"tokamax._src.ops.ragged_dot.x\"}"}'
+    (kernel,) = on_gpu(f"%mine = {call}, {name}").kernels()
+    assert kernel.flops == 2 * 512 * 128 * 64
+    assert kernel.bytes == 2 * (512 * 128 + 4 * 128 * 64 + 512 * 64) + 4 * 4
+    (other,) = on_gpu(f"%mine = {call}").kernels()
+    assert other.flops == 0, "nobody knows what another kernel does"
+
+
+@pytest.mark.parametrize(
+    ("kind", "mask", "products"),
+    [
+        # Of 3 x 3 blocks of 128 x 128 scores 6 are not wholly masked; widths 128, and 64 of values.
+        ("", "CAUSAL", 6 * (128 + 64)),
+        ("", "PADDING_CAUSAL", 6 * (128 + 64)),
+        ("", "NO_MASK", 9 * (128 + 64)),
+        ("Backward", "CAUSAL", 6 * (3 * 128 + 2 * 64)),
+    ],
+)
+def test_cudnns_attention_costs_what_its_shapes_say(kind, mask, products):
+    (kernel,) = on_gpu(
+        "%fmha = (bf16[2,8,384,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %v), "
+        f'custom_call_target="__cudnn$fmhaSoftmax{kind}", backend_config='
+        f'{{"cudnn_fmha_backend_config": {{"mask_type": "{mask}"}}}}'
+    ).kernels()
+    assert kernel.flops == 2 * 2 * 8 * products * 128 * 128
 
 
 def test_another_kernel_without_an_estimate_has_no_flops():

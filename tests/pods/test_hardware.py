@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moe_jax.errors import UserError
-from moe_jax.parallel.mesh import DATA, MeshConfig, mesh_of
+from moe_jax.parallel.mesh import DATA, MeshConfig, mesh_of, nvidia_capability
 from moe_jax.pods import hardware
+from moe_jax.pods.gpus import GPUS
 from moe_jax.pods.hardware import CHIPS, Topology, describe, topology
 
 TPUS = [chip for chip in CHIPS if chip.platform == "tpu"]
@@ -37,6 +38,13 @@ RENTED = [Topology(chip, shape) for chip in TPUS for shape in chip.shapes]
         ("v5p-128", "v5p:4x4x4", 64, 64),
         ("v4:8x8x16", "v4:8x8x16", 1024, 1024),
         ("2*tpu-v5e-256", "v5e:16x16", 512, 512),
+        # Hosts, and the GPUs of each.
+        ("gpu-h100-64", "h100:8x8", 64, 64),
+        ("h100:8x8", "h100:8x8", 64, 64),
+        ("gpu-a100-4", "a100:1x4", 4, 4),
+        ("2*h100:8x8", "h100:8x8", 128, 128),
+        ("h200:1x1", "h200:1x1", 1, 1),
+        ("h800:256x8", "h800:256x8", 2048, 2048),
         ("3*tpu7x:2x2x1", "tpu7x:2x2x1", 12, 24),
     ],
 )
@@ -65,12 +73,21 @@ def test_other_shapes_are_read_and_named_with_their_shape(chip, shape, slices):
     assert topology(read.name) == topology(read.code) == read
 
 
-def test_hosts_of_gpus_stand_where_slices_do():
-    machine = topology("gpu-h100-64")
-    assert (machine.shape, machine.slices, machine.devices) == ((8,), 8, 64)
-    assert machine.name == machine.code == "gpu-h100-64"
-    assert topology("gpu-a100-4") == Topology(chip_named("gpu-a100"), (4,), 1)
-    assert machine.wraps == (False,)
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("gpu-h100-64", "h100:8x8"),
+        ("gpu-a100-4", "a100:1x4"),
+        ("2*gpu-b200-8", "2*b200:1x8"),
+        # Two hosts of four are not the usual eight GPUs.
+        ("h100:2x4", "h100:2x4"),
+    ],
+)
+def test_gpus_are_read_back_from_both_of_their_names(name, code):
+    machine = topology(name)
+    assert (machine.name, machine.code) == (name, code)
+    assert topology(code) == machine
+    assert machine.wraps == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +130,9 @@ def test_the_table_gives_the_published_figures_of_whole_pods():
     [
         (
             "tpu-v9-8",
-            "topology is 'tpu-v9-8'; write it as tpu-v4-1024, v4:8x8x8 or, for two slices, "
-            "2*tpu-v5e-256; the chips are tpu-v2, tpu-v3, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, tpu7x, "
-            "gpu-a100, gpu-h100, gpu-h200, gpu-b200.",
+            "topology is 'tpu-v9-8'; write it as tpu-v4-1024, v4:8x8x8, gpu-h100-64, h100:8x8 or, for "
+            "two slices, 2*tpu-v5e-256; the chips are tpu-v2, tpu-v3, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, "
+            "tpu7x, gpu-a100, gpu-h100, gpu-h800, gpu-h200, gpu-b200.",
         ),
         (
             "tpu-v2-64",
@@ -146,12 +163,22 @@ def test_the_table_gives_the_published_figures_of_whole_pods():
         (
             "gpu-h100-12",
             "topology is 'gpu-h100-12'; write gpu-h100- and a number of GPUs up to 8 or a multiple of "
-            "8, such as gpu-h100-64.",
+            "8, such as gpu-h100-64, or the hosts and the GPUs of each, h100:8x8.",
         ),
         (
-            "2*gpu-h100-8",
-            "topology is '2*gpu-h100-8'; write gpu-h100- and a number of GPUs up to 8 or a multiple "
-            "of 8, such as gpu-h100-64.",
+            "gpu-h100-0",
+            "topology is 'gpu-h100-0'; write gpu-h100- and a number of GPUs up to 8 or a multiple of "
+            "8, such as gpu-h100-64, or the hosts and the GPUs of each, h100:8x8.",
+        ),
+        (
+            "h100:8x16",
+            "topology is 'h100:8x16'; of gpu-h100 write the hosts and the GPUs of each, at most 8, such "
+            "as h100:8x8.",
+        ),
+        (
+            "h100:64",
+            "topology is 'h100:64'; of gpu-h100 write the hosts and the GPUs of each, at most 8, such as "
+            "h100:8x8.",
         ),
     ],
 )
@@ -167,6 +194,21 @@ def test_what_is_no_machine_is_answered_with_those_that_are(text, message):
 def test_what_has_not_the_form_of_a_machine_is_refused(text):
     with pytest.raises(UserError, match="write it as tpu-v4-1024"):
         topology(text)
+
+
+def test_without_the_plugin_the_user_learns_how_to_get_it(monkeypatch):
+    def without_plugin(*_, **__):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(hardware.topologies, "get_topology_desc", without_plugin)
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")
+    with pytest.raises(hardware.NoCompilerError) as raised:
+        describe(topology("h100:8x8"))
+    assert str(raised.value) == (
+        "topology is gpu-h100-64, which XLA's plugin for CUDA compiles for and it is not installed; run "
+        "make install-gpu-compiler on Linux, which needs no GPU, and then .venv-gpu/bin/python in place "
+        "of python."
+    )
 
 
 def test_without_libtpu_the_user_learns_how_to_get_it(monkeypatch):
@@ -247,6 +289,43 @@ def test_a_program_over_two_slices_sums_within_them_and_then_through_the_network
     everywhere = NamedSharding(mesh, PartitionSpec())
     total = jax.jit(lambda x: x.sum(0), out_shardings=everywhere).lower(x).compile()
     assert '_xla_megascale_transfer_type="ALL_REDUCE"' in (total.as_text() or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", GPUS)
+def test_xla_reads_the_description_of_every_gpu(model):
+    gpu, devices = GPUS[model], describe(topology(f"2*{model}:3x8"))
+    assert [device.id for device in devices] == list(range(48))
+    assert [device.process_index for device in devices] == [i // 8 for i in range(48)]
+    assert (devices[0].platform, devices[0].device_kind) == ("gpu", gpu.name)
+    assert devices[0].compute_capability == "{}.{}".format(*gpu.capability)
+    assert devices[0].core_count == gpu.cores
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", GPUS)
+def test_the_capability_is_that_of_the_meshs_gpus(model):
+    devices = describe(topology(f"{model}:1x2"))
+    major, minor = GPUS[model].capability
+    with jax.set_mesh(mesh_of(MeshConfig(expert=2), devices)), jax.default_device(devices[0]):
+        assert nvidia_capability() == major + minor / 10
+        # While a program is traced, too.
+        assert jax.eval_shape(lambda: jnp.zeros(int(nvidia_capability()))).shape == (major,)
+
+
+@pytest.mark.gpu
+def test_describing_gpus_starts_no_backend_and_needs_no_cuda():
+    script = """
+import jax
+from jax._src import xla_bridge
+from moe_jax.pods.hardware import describe, topology
+assert len(describe(topology("h100:8x8"))) == 64
+assert not xla_bridge.backends_are_initialized()
+assert jax.default_backend() == "cpu"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def chip_named(name: str) -> hardware.Chip:

@@ -179,6 +179,16 @@ def test_gpus_talk_through_a_switch_and_hosts_through_the_network():
     )
 
 
+def test_a_host_of_fewer_gpus_is_a_host():
+    machine = topology("h100:2x4")
+    mesh = Mesh(
+        np.array([Device(number, (), 0) for number in range(8)]).reshape(8, 1, 1),
+        ("data", "expert", "model"),
+    )
+    pair = collective("collective-permute", ((3, 4),), V)
+    assert collective_seconds(pair, mesh, machine) == (0, V / machine.chip.dcn_bandwidth)
+
+
 def test_the_roofline_adds_up_each_resource():
     mesh = Mesh(np.array(devices_of(V4)).reshape(-1, 1, 1), ("data", "expert", "model"))
     ring = along(V4, 2)

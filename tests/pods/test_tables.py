@@ -1,7 +1,7 @@
 import dataclasses
 
 from moe_jax.pods.tables import ranking, table
-from tests.pods.reports import MEMORY, report
+from tests.pods.reports import COLLECTIVE, MEMORY, report
 
 GIB = 2**30
 
@@ -33,9 +33,21 @@ def test_a_step_that_does_not_fit_has_its_note_and_no_roofline():
     assert "If all overlap" not in text
 
 
+def test_what_jax_takes_of_a_gpu_and_what_it_waits_for_is_said():
+    waiting = dataclasses.replace(COLLECTIVE, synchronous=3)
+    hbm = dataclasses.replace(MEMORY, capacity=3 * GIB)
+    lines = lines_of(table(report(memory_fraction=0.75, hbm=hbm, collectives=(waiting,))))
+    assert (
+        "(what JAX takes, 75% of the GPU's 4.00; --memory_fraction or XLA_CLIENT_MEM_FRACTION says "
+        "otherwise)" in lines
+    )
+    assert "all-to-all expert 8 0.000 10.000 3 synchronous" in lines
+
+
 def test_cpus_in_place_of_gpus_are_named():
     text = table(report(compiled_for="cpu", hardware="gpu-h100-8"))
-    assert "in place of gpu-h100-8, which is not here" in text
+    assert "in place of gpu-h100-8, because XLA's plugin for CUDA is not installed" in text
+    assert "run make install-gpu-compiler" in text
 
 
 def test_the_ranking_ends_with_the_best():
