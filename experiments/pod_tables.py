@@ -65,8 +65,8 @@ here; the launchers' flags may change memory a little. Rows of GPUs are compiled
 SPEEDS = """\
 ## Published speeds beside rooflines
 
-How long a step took where somebody ran it, and our estimate for the same batch if all overlaps. No run
-reaches that; the ratio says how far it was.
+How long a step took where somebody ran it, and our estimate for the same batch if all overlaps. No run of
+our layout reaches that, so a ratio says how far one was; below 1 it says that another layout is faster.
 """
 
 

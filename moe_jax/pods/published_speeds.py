@@ -173,7 +173,10 @@ PUBLISHED_SPEEDS = (
         15360 * 4096,
         from_device_hours(180e3, 2048, 1e12, 15360 * 4096),
         f"{_DEEPSEEK} (180K GPU hours for a trillion tokens)",
-        "Most products are FP8, at twice the bf16 rate that MFU is relative to. The run also trains a module that "
+        "A token goes to four hosts at most and from there over NVLink, and stages of a pipeline keep "
+        "layers apart; our layout gathers the parameters of all, and sends rows to the devices of an expert's `model` axis "
+        "over the network, each of which gets all of them. Most products are FP8, at twice the bf16 rate "
+        "that MFU is relative to. The run also trains a module that "
         "predicts a second token, which our config leaves out. https://arxiv.org/abs/2505.09343 "
         "prints the same speed, 272.8B tokens a day, and 38.9% causal MFU.",
     ),
