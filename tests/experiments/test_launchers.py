@@ -52,6 +52,7 @@ def test_the_document_names_flags_that_exist():
     used = set(re.findall(r"--(\w+)\b(?!-)", text)) - {
         "nodes",
         "logdir",
+        "memory_fraction",
         "search",
         "signal",
     }  # Others'.
