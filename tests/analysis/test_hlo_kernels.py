@@ -121,8 +121,17 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
         'custom_call_target="__gpu$xla.gpu.triton"',
     ],
 )  # fmt: skip
-def test_a_grouped_product_on_a_gpu_costs_what_its_shapes_say(call):
-    name = r'metadata={op_name="jit(f)/tokamax:{\"op\":\"tokamax._src.ops.ragged_dot.x\"}"}'
+@pytest.mark.parametrize(
+    "op_name",
+    [
+        r"jit(f)/tokamax:{\"op\":\"tokamax._src.ops.ragged_dot.x\"}",
+        # By tokamax 0.0.17.
+        "jit(f)/ragged_dot_sm90/mpmd_map",
+        "jit(f)/ragged_contracting_dim_dot_sm90/mpmd_map",
+    ],
+)
+def test_a_grouped_product_on_a_gpu_costs_what_its_shapes_say(call, op_name):
+    name = f'metadata={{op_name="{op_name}"}}'
     (kernel,) = on_gpu(f"%mine = {call}, {name}").kernels()
     assert kernel.flops == 2 * 512 * 128 * 64
     assert kernel.bytes == 2 * (512 * 128 + 4 * 128 * 64 + 512 * 64) + 4 * 4

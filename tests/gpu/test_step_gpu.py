@@ -87,10 +87,16 @@ def test_the_new_state_takes_the_place_of_the_old(compiled):
 
 
 def test_no_collective_keeps_a_device_waiting_but_the_ragged_exchange(compiled):
-    """Under the launchers' flags. `platform_dependent` leaves it in a branch, where it cannot overlap."""
+    """Under the launchers' flags; what is smaller than a kilobyte, such as counts of rows, does not matter.
+
+    `jax.lax.platform_dependent` leaves the exchange alone in a branch, where nothing can overlap with it.
+    """
     report, _ = compiled
-    waiting = {one.kind for one in report.collectives if one.synchronous}
-    assert waiting <= {"ragged-all-to-all"}
+    large = [one for one in report.collectives if one.bytes > 1024 * one.count]
+    assert {one.kind for one in large if one.synchronous} <= {"ragged-all-to-all"}
+    assert sum(one.synchronous for one in report.collectives) < 0.25 * sum(
+        one.count for one in report.collectives
+    )
 
 
 def test_the_roofline_has_nvlink_and_no_network_within_a_host(compiled):

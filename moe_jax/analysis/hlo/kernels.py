@@ -74,9 +74,13 @@ def kernel_of(
         flops = flops or _splash_flops(instruction, arrays, op_name)
     elif target.startswith("__cudnn$fmha"):
         flops = _cudnn_flops(instruction, arrays)
-    elif "ragged_dot" in instruction.attributes:
+    elif _GROUPED.search(instruction.attributes):
         flops = _grouped_flops(instruction, arrays)
     return Kernel(op_name, flops, moved, trips)
+
+
+# Names of tokamax's kernels: of the product, and of rows by rows.
+_GROUPED = re.compile(r"ragged_(?:contracting_dim_)?dot")
 
 
 def _grouped_flops(instruction: Instruction, operands: Sequence[Array]) -> int:
