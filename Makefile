@@ -139,9 +139,9 @@ endif
 # The plugin must do without CUDA, whose packages would hide that it does not.
 test-gpu: install-gpu-compiler
 ifeq ($(shell uname -s),Linux)
-	@! ls -d $(VENV)*/lib/python*/site-packages/nvidia* 2>/dev/null \
+	@! find $(VENV)/lib $(VENV)-gpu/lib -maxdepth 3 -name 'nvidia*' | grep . \
 	  || { echo "make test-gpu compiles without CUDA, but packages of NVIDIA are installed"; exit 1; }
-	$(VENV)-gpu/bin/python -m pytest -n 2 -m gpu tests/gpu tests/pods
+	$(VENV)-gpu/bin/python -m pytest -n 2 --dist loadfile -m gpu tests/gpu tests/pods
 else
 	@echo "make test-gpu needs XLA's plugin for CUDA, which exists for Linux only; nothing was tested."
 endif
