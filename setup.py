@@ -64,8 +64,13 @@ setup(
         # In an environment of its own: it opens what moe_jax wrote, and needs older libraries.
         "transformers4": ["torch==2.13.0", "transformers==4.57.6"],
         "gpu": ["jax[cuda12]", "tokamax>=0.0.12"],
-        # Compiles for GPUs where there is none: of jax[cuda12] XLA's plugin alone, without CUDA.
-        "gpu-compiler": ["jax-cuda12-pjrt", "jax-cuda12-plugin", "tokamax>=0.0.12"],
+        # Compiles for GPUs where there is none: of jax[cuda12] XLA's plugin and CUDA's assembler alone.
+        "gpu-compiler": [
+            "jax-cuda12-pjrt",
+            "jax-cuda12-plugin",
+            "nvidia-cuda-nvcc-cu12; sys_platform == 'linux'",
+            "tokamax>=0.0.12",
+        ],
         "tpu": ["jax[tpu]"],
         # For checkpoints in gs:// buckets.
         "gcs": ["gcsfs"],

@@ -1,7 +1,8 @@
 """NVIDIA GPUs as XLA sees them, so that it compiles for them where there are none.
 
-XLA's plugin for CUDA (jax-cuda12-plugin and jax-cuda12-pjrt, which need neither CUDA nor a driver) reads a
-description of a GPU in place of the GPU. Left out of it are the rates of single units, from which XLA only
+XLA's plugin for CUDA (jax-cuda12-plugin and jax-cuda12-pjrt) reads a description of a GPU in place of the
+GPU. It needs no driver and no library of CUDA, but the assembler and libdevice, from /usr/local/cuda or the
+package nvidia-cuda-nvcc-cu12. Left out of it are the rates of single units, from which XLA only
 estimates how long an operation takes.
 """
 
