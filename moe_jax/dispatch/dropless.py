@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.dispatch import ragged, spill
-from moe_jax.dispatch.copies import Copies, copied, gated_sum, summed
 from moe_jax.dispatch.exchange import Transport, Wire, gather_tokens, sum_to_owners
 from moe_jax.dispatch.grouped_matmul.interface import GroupedMatmul
 from moe_jax.dispatch.interface import Dispatch, Experts, row_experts
@@ -144,15 +143,17 @@ class Dropless(Dispatch):
         with jax.named_scope("dispatch"):
             order, sizes = sort_by_owner(tokens.owners(experts.num_local, devices), devices)
         room = self._room(tokens.most_copies(devices) / devices, most=tokens.count)
-        copies = tokens.copies(rows_of_owners(order, jnp.cumsum(sizes) - sizes, sizes, room))
+        copies = rows_of_owners(order, jnp.cumsum(sizes) - sizes, sizes, room)
 
         def exchange(rows: jax.Array) -> jax.Array:
+            rows = rows.reshape(devices * room, *rows.shape[2:])
             return jax.lax.all_to_all(rows, axis, split_axis=0, concat_axis=0, tiled=True)
 
         foreign = tokens.sent(copies, exchange, self.wire)
         y, done = self._on_experts(foreign, experts, tokens.assignments)
         with jax.named_scope("combine"):
-            return summed(exchange(self.wire.pack(y)).astype(y.dtype), copies), done
+            back = exchange(self.wire.pack(y).reshape(devices, room, -1)).astype(y.dtype)
+        return tokens.summed(back, copies.reshape(-1)), done
 
     def _by_ragged(
         self, tokens: "Tokens", experts: Experts, axis: str
@@ -163,7 +164,7 @@ class Dropless(Dispatch):
         with jax.named_scope("dispatch"):
             order, sizes = sort_by_owner(tokens.owners(experts.num_local, devices), devices)
         most_copies = tokens.most_copies(devices)
-        copies = tokens.copies(order[:most_copies])
+        copies = order[:most_copies]
         room = self._room(most_copies, most=devices * tokens.count)
         there, back = ragged.plan(sizes, axis, room)
 
@@ -174,7 +175,7 @@ class Dropless(Dispatch):
         y, done = self._on_experts(foreign, experts, tokens.assignments)
         with jax.named_scope("combine"):
             rows = ragged.exchange(self.wire.pack(y), most_copies, (back, there), axis)
-            return summed(rows.astype(y.dtype), copies), done
+        return tokens.summed(rows.astype(y.dtype), copies), done
 
     def _room(self, balanced: float, most: int) -> int:
         """Rows of a buffer, of which `balanced` are used at balance and never more than `most`."""
@@ -210,16 +211,11 @@ class Dropless(Dispatch):
             gates, _ = varying_alike(tokens.gates, tokens.x)
             y = spill.gated_sums(experts.network, experts.parameters, tokens.x, gates, rows)
         else:
-            assignments = rows_one_after_another(order, starts, sizes, room)
-            copies = tokens.copies(assignments)
-            with jax.named_scope("dispatch"):
-                inputs = copied(tokens.x, copies)
+            sorted_rows = rows_one_after_another(order, starts, sizes, room)
             outputs = experts.on_groups(
-                inputs, tokens.rows_index(assignments), sizes, self.grouped_matmul
+                tokens.rows(sorted_rows), tokens.rows_index(sorted_rows), sizes, self.grouped_matmul
             )
-            gates, _ = varying_alike(tokens.gates, outputs)
-            with jax.named_scope("combine"):
-                y = gated_sum(outputs, gates, copies)
+            y = tokens.gated_sum(outputs, sorted_rows)
         return y.astype(tokens.x.dtype), sizes.sum().astype(jnp.float32)
 
     @property
@@ -273,25 +269,43 @@ class Tokens:
         return jnp.where(repeated, devices, owner)
 
     @jax.named_scope("dispatch")
-    def copies(self, assignments: Int[Array, "*rows"]) -> Copies:
-        """Rows of [...] assignments; N for none."""
-        return Copies.of(assignments, self.count, self.choices)
+    def rows(self, assignments: Int[Array, "*rows"]) -> Float[Array, "*rows d"]:
+        """[..., d] the tokens of [...] assignments; 0 for none."""
+        return self.x.at[assignments // self.choices].get(mode="fill", fill_value=0)
 
     def rows_index(self, assignments: Int[Array, "*rows"]) -> Int[Array, "*rows"]:
         """[...] indices in the global batch of the tokens of [...] assignments."""
         return self.index.at[assignments // self.choices].get(mode="fill", fill_value=0)
 
+    @jax.named_scope("combine")
+    def summed(
+        self, rows: Float[Array, "R d"], assignments: Int[Array, " R"]
+    ) -> Float[Array, "T d"]:
+        """[T, d] sums, in float32 on the way, of rows [R, d] over the tokens of [R] assignments."""
+        sums = jnp.zeros_like(self.x, dtype=jnp.float32)
+        token = assignments // self.choices
+        return sums.at[token].add(rows.astype(jnp.float32), mode="drop").astype(rows.dtype)
+
+    @jax.named_scope("combine")
+    def gated_sum(
+        self, rows: Float[Array, "*rows d"], assignments: Int[Array, "*rows"]
+    ) -> Float[Array, "T d"]:
+        """[T, d] float32 as `summed`, of rows [..., d] times their gates."""
+        gates = self.gates.reshape(-1).at[assignments].get(mode="fill", fill_value=0)
+        weighted = rows.astype(jnp.float32) * gates[..., None]
+        return self.summed(weighted.reshape(-1, rows.shape[-1]), assignments.reshape(-1))
+
     @jax.named_scope("dispatch")
     def sent(
-        self, copies: Copies, exchange: Callable[[jax.Array], jax.Array], wire: Wire
+        self, copies: Int[Array, "*rows"], exchange: Callable[[jax.Array], jax.Array], wire: Wire
     ) -> "Tokens":
         """The tokens that other devices send here while this one sends those of `copies`."""
-        token = copies.tokens
+        token = copies // self.choices
         gates = self.gates.at[token].get(mode="fill", fill_value=0)
         # From 1, because a row that nobody sends is 0. One exchange for all integers.
         integers = jnp.concatenate([self.chosen + 1, self.index[:, None]], axis=1)
         integers = exchange(integers.at[token].get(mode="fill", fill_value=0))
-        x = exchange(wire.pack(copied(self.x, copies))).astype(self.x.dtype)
+        x = exchange(wire.pack(self.rows(copies))).astype(self.x.dtype)
         return Tokens(x, integers[:, :-1] - 1, exchange(gates), integers[:, -1])
 
 
