@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
+from moe_jax.layers import positions, projection
 from moe_jax.layers.feed_forward import Activation, FeedForward, FeedForwardForm
 from moe_jax.layers.projection import project
 from moe_jax.parallel.mesh import TOKEN_AXES, make_mesh
@@ -79,3 +80,21 @@ def test_the_result_may_be_wider():
     x, weight = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 5))
     assert project(x, weight).dtype == jnp.bfloat16
     assert project(x, weight, dtype=jnp.float32).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("width", [2, 6])
+def test_other_platforms_compute_the_same(monkeypatch, width):
+    """Products and rotations have a form for XLA's CPU backend."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 3, 4, width))
+    weight = jax.random.normal(keys[1], (4, width, 5, 2))
+    place = jnp.arange(6).reshape(2, 3)
+    results = []
+    for platform in ("cpu", "tpu"):
+        monkeypatch.setattr(projection, "platform_in_force", lambda platform=platform: platform)
+        monkeypatch.setattr(positions, "platform_in_force", lambda platform=platform: platform)
+        of_product = jax.value_and_grad(lambda x, w: (project(x, w, 2) ** 2).sum(), argnums=(0, 1))
+        of_rotation = jax.value_and_grad(lambda x: (positions.rotate(x, place) * x**2).sum())
+        results.append((of_product(x, weight), of_rotation(x)))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
