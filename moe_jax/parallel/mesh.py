@@ -89,7 +89,7 @@ class MeshConfig(Component):
 
 
 def force_host_devices(count: int) -> None:
-    """Gives the CPU backend `count` devices; has no effect on other backends.
+    """Gives the CPU backend `count` devices, or more if more were asked for; no effect on other backends.
 
     Nor on one that runs already, as in a notebook: `make_mesh` says so where its devices are too few.
     """
@@ -103,7 +103,8 @@ def force_host_devices(count: int) -> None:
     if count > 1:
         os.environ.setdefault("PJRT_NPROC", str(THREADS_PER_HOST_DEVICE * count))
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", count)
+        asked_for = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # -1 where nobody did.
+        jax.config.update("jax_num_cpu_devices", max(count, asked_for))
 
 
 def make_mesh(config: MeshConfig | str) -> Mesh:

@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.parallel.mesh import force_host_devices
+
 FOLDER = pathlib.Path(__file__).parent
 BATCHES = FOLDER / "batches.npz"
 RECORDS = FOLDER / "records.json"
@@ -112,6 +114,8 @@ def main() -> None:
     if "--batches" in sys.argv:
         write_batches()
         return
+    # One process for all configs, of which the largest mesh has 8 devices.
+    force_host_devices(8)
     found = {name: first_losses(name) for name in CONFIGS}
     if "--print" in sys.argv:
         print(json.dumps(found))
