@@ -83,7 +83,7 @@ class MeshConfig(Component):
                 )
         if not 0 <= self.host_devices <= MOST_HOST_DEVICES:
             raise UserError(
-                f"mesh.host_devices is {self.host_devices}; a CPU can pretend to have 1 to "
+                f"mesh.host_devices is {self.host_devices}; a CPU can pretend to have at most "
                 f"{MOST_HOST_DEVICES} devices, and with 0 it has as many as the mesh."
             )
 
