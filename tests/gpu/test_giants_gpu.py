@@ -15,12 +15,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "configs/mixtral.py:8x7b"
-BUDGET = budgets.budget_of(CONFIG, compiler_version("gpu"))
 
 
-# Another compiler has no budget, and the step above shows that it compiles.
-@pytest.mark.parametrize("budget", [BUDGET] if BUDGET else [], ids=[CONFIG] if BUDGET else [])
-def test_a_giant_fits_and_costs_what_it_did(budget):
+def test_a_giant_fits_and_costs_what_it_did():
     command = [
         sys.executable, "experiments/compile_pod.py", f"--config={CONFIG}", "--format=json",
         f"--topology={budgets.ON_GPUS[CONFIG]}",
@@ -28,4 +25,6 @@ def test_a_giant_fits_and_costs_what_it_did(budget):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = PodReport.read(json.loads(done.stdout))
+    # Another compiler has no budget: then fit and FLOPs are looked at.
+    budget = budgets.budget_of(CONFIG, compiler_version("gpu"))
     assert budgets.violations(report, budget) == []
