@@ -274,7 +274,7 @@ def _sentence(message: str) -> str:
     if found := re.fullmatch(
         r"Unknown command line flag '(.*?)'(\. Did you mean: (.*?) \?)?", message
     ):
-        near = f"the nearest is --{found[3]}" if found[3] else "--help lists those that there are"
+        near = f"the nearest is --{found[3]}" if found[3] else "--help lists all flags"
         return f"there is no flag --{found[1]}; {near}."
     if found := re.fullmatch(r"flag (--\w+)=None: Flag .* other than None", message):
         return f"{found[1]} is not given; write {found[1]}=VALUE, and --help says what it takes."

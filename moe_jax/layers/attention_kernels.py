@@ -265,7 +265,7 @@ def in_products(
 
 
 def _part(x: jax.Array, first: int, rows: int, stop: int) -> jax.Array:
-    """What broadcasts to [B, H, L, M], for `rows` queries and the keys before `stop`."""
+    """The part of a bias or mask of [#B, #H, #L, #M] for `rows` queries and the keys before `stop`."""
     if x.shape[2] > 1:
         x = x[:, :, first : first + rows]
     return x[..., :stop] if x.shape[3] > 1 else x

@@ -219,7 +219,7 @@ class LossShare(nnx.Variable):
 
 
 class Factor(nnx.Variable):
-    """What stands in for a number of the router's config, [] float32."""
+    """An array [] float32 that stands in for a number of the router's config."""
 
 
 @jax.tree_util.register_dataclass

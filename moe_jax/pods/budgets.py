@@ -1,7 +1,7 @@
 """The published giants on their machines, and what their steps were found to cost.
 
-docs/results/pods/<compiler>/, a folder for each version of a compiler, has a report for each. They are budgets: a change that makes a step
-larger, or sends something else, is noticed.
+docs/results/pods/<compiler>/, a folder for each version of a compiler, has a report for each. They are
+budgets: a change that makes a step larger, or sends something else, is noticed.
 """
 
 import json

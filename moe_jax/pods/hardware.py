@@ -298,7 +298,7 @@ class Topology:
 
     @property
     def slice_name(self) -> str:
-        """Of one slice, by chips along each dimension; of TPUs as libtpu names it."""
+        """The name of one slice by its chips along each dimension, for TPUs as libtpu writes it."""
         return f"{self.chip.compiler}:{_text(self.shape)}"
 
     @property

@@ -188,7 +188,7 @@ def _span(places: Sequence[Place], topology: Topology) -> _Span:
 
 
 def _place(device: Any, topology: Topology) -> Place:
-    """Of a device: of GPUs, whose ids go through one host after the other, its host and place in it."""
+    """Where a device is; for GPUs, whose ids go through one host after the other, host and place in it."""
     if topology.chip.gpu:
         host, position = divmod(device.id, topology.shape[-1])
         return host, (position,)

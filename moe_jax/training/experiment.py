@@ -162,7 +162,8 @@ def read_record(workdir: epath.PathLike) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except IsADirectoryError as error:
         raise UserError(
-            f"workdir {workdir} has a folder {CONFIG_FILE} where the run's file should be; bring back a copy of the file."
+            f"workdir {workdir} has a folder {CONFIG_FILE} where the run's file should be; bring back a "
+            "copy of the file."
         ) from error
     except ValueError as error:  # No JSON, or no UTF-8.
         raise UserError(f"{path} is damaged ({error}); bring back a copy of it.") from error

@@ -23,7 +23,7 @@ DEVICES, WIDTH, EXPERTS, LENGTH, ROWS = 4, 256, 16, 256, 12
 
 @pytest.fixture(scope="module")
 def text():
-    """Of the gradients of all arguments, over 4 H100 along `expert`."""
+    """The compiled gradients of all arguments, over 4 H100 along `expert`."""
     mesh = gpus("h100:1x4", expert=DEVICES)
     config = MoEConfig(TopK(k=2), group_size=LENGTH, dispatch=Dropless())
     config.validate(EXPERTS)

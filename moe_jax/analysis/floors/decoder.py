@@ -54,7 +54,7 @@ class DecoderShape:
 
     @property
     def flops(self) -> int:
-        """Of a step's matrix products, two per multiply-add; causal scores count as a whole."""
+        """FLOPs of a step's matrix products, two per multiply-add; causal scores count as a whole."""
         of_token = self.layers * (4 * self.width**2 + 12 * self.width**2)
         of_token += self.vocabulary * self.width + 2 * self.layers * self.length * self.width
         return 6 * self.tokens * of_token

@@ -24,5 +24,5 @@ def apply(rows: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
 
 
 def flops(rows: int, width: int, mlp_width: int) -> int:
-    """Of the forward pass, two per multiply-add; forward+backward takes three times as many."""
+    """FLOPs of the forward pass, two per multiply-add; with the backward pass three times as many."""
     return 2 * rows * (width * mlp_width + mlp_width * width)

@@ -45,7 +45,7 @@ _TARGETS = re.compile(
 
 
 def _target(instruction: Instruction) -> str:
-    """What the custom call calls; empty for what is no kernel."""
+    """The target that a kernel's custom call names; empty for any other instruction."""
     # The name stands before what a kernel's author wrote, which may be of any length.
     found = _TARGETS.search(instruction.attributes, 0, 200)
     return found[1] if found else ""
@@ -84,7 +84,7 @@ _GROUPED = re.compile(r"ragged_(?:contracting_dim_)?dot")
 
 
 def _grouped_flops(instruction: Instruction, operands: Sequence[Array]) -> int:
-    """Of tokamax's grouped products: rows by their group's matrix, or rows by rows of each group.
+    """FLOPs of a grouped product of tokamax: rows by their group's matrix, or rows by rows of a group.
 
     [R, d] by [E, d, f] gives [R, f], [R, d] by [R, f] gives [E, d, f], each possibly transposed. In all
     cases the three arrays have E * (R d f)^2 elements multiplied.
@@ -100,7 +100,7 @@ def _grouped_flops(instruction: Instruction, operands: Sequence[Array]) -> int:
 
 
 def _cudnn_flops(instruction: Instruction, operands: Sequence[Array]) -> int:
-    """Of cuDNN's flash attention; see `cudnn_widths` and `cudnn_pairs`.
+    """FLOPs of cuDNN's flash attention; see `cudnn_widths` and `cudnn_pairs`.
 
     Args:
       instruction: the kernel, whose configuration names the mask.
@@ -145,7 +145,7 @@ _SPLASH_PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
 
 
 def _splash_flops(instruction: Instruction, operands: Sequence[Array], op_name: str) -> int:
-    """Of jax.experimental.pallas.ops.tpu.splash_attention; 0 for another kernel.
+    """FLOPs of jax.experimental.pallas.ops.tpu.splash_attention; 0 for another kernel.
 
     Blocks of the scores that are wholly masked are skipped. Which those are stands in a constant that
     the text leaves out; a kernel that is given the positions of queries is taken to be causal, and

@@ -127,7 +127,7 @@ def _source(module: Module, scope: _Scope, name: str) -> _Found | None:
 
 
 def _step(module: Module, scope: _Scope, name: str, index: int) -> int | None:
-    """What a loop's body adds to the part `index` of its state, in one sum or several; else None."""
+    """The number that a loop's body adds to part `index` of its state; None where it does something else."""
     total = 0
     found = _source(module, scope, name)
     while found is not None and found[1].opcode == "add":
